@@ -1,11 +1,13 @@
-"""Run notebooks and keep their outputs, or write README.md from nbs/index.ipynb.
+"""Run notebooks and keep their outputs, run the tutorial, or write README.md from nbs/index.ipynb.
 
-    python scripts/notebooks.py run nbs/02_scoring.ipynb [...]   execute in a fresh kernel, store outputs in place
+    python scripts/notebooks.py run nbs/02_scoring.ipynb [...]   execute in a fresh kernel, store the outputs in place
+    python scripts/notebooks.py tutorial NB --out FOLDER         execute a copy in the current folder, show its results
     python scripts/notebooks.py readme [--check]                 README.md from nbs/index.ipynb, without Quarto
 """
 
 import argparse
 import base64
+import json
 import logging
 import re
 import sys
@@ -18,21 +20,33 @@ ROOT = Path(__file__).resolve().parent.parent
 log = logging.getLogger("notebooks")
 
 
-def run(path: Path, timeout: int = 1800) -> None:
-    """Execute `path` from its own folder in a fresh kernel and store the outputs, cleaned."""
-    from nbclient import NotebookClient
-    from nbdev.clean import clean_nb, write_nb
-    from execnb.nbio import read_nb
+def directives(cell) -> set[str]:
+    "The `#|` lines of a cell, such as {'hide', 'eval: false'}."
+    return {" ".join(d.split()) for d in re.findall(r"^#\|(.*)$", cell.source, re.M)}
 
-    nb = nbformat.read(path, as_version=4)
-    skipped = {i: c for i, c in enumerate(nb.cells) if re.search(r"^#\|\s*eval:\s*false", c.source, re.M)}
-    kept = [c for i, c in enumerate(nb.cells) if i not in skipped]
-    start = time.perf_counter()
-    live = nbformat.from_dict({**nb, "cells": kept})
-    NotebookClient(live, timeout=timeout, kernel_name="python3",
-                   resources={"metadata": {"path": str(path.parent)}}).execute()
-    done = iter(live.cells)
-    nb.cells = [skipped[i] if i in skipped else next(done) for i in range(len(nb.cells))]
+
+def execute(nb, folder: Path, timeout: int = 1800, on_cell=None) -> None:
+    "Run the cells of `nb` in `folder` in a fresh kernel, but for those marked `#| eval: false`; outputs stay in `nb`."
+    from nbclient import NotebookClient
+
+    live = nbformat.from_dict({**nb, "cells": [c for c in nb.cells if "eval: false" not in directives(c)]})
+    client = NotebookClient(live, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
+    if on_cell:
+        client.on_cell_start = on_cell
+    try:
+        client.execute()
+    finally:
+        done = iter(live.cells)
+        nb.cells = [c if "eval: false" in directives(c) else next(done) for c in nb.cells]
+
+
+def run(path: Path) -> None:
+    "Execute a notebook from its own folder, as JupyterLab does, and store its outputs, cleaned as nbdev cleans them."
+    from execnb.nbio import read_nb
+    from nbdev.clean import clean_nb, write_nb
+
+    nb, start = nbformat.read(path, as_version=4), time.perf_counter()
+    execute(nb, path.parent)
     for cell in nb.cells:
         if cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
@@ -43,60 +57,87 @@ def run(path: Path, timeout: int = 1800) -> None:
     log.info("%s: %.0f s", path.name, time.perf_counter() - start)
 
 
-def readme(root: Path = ROOT) -> dict[Path, bytes]:
-    """README.md and its pictures as {path: bytes}, from nbs/index.ipynb."""
-    nb = nbformat.read(root / "nbs/index.ipynb", as_version=4)
-    parts, pictures = ["<!-- Written from nbs/index.ipynb by scripts/notebooks.py readme. Do not edit. -->"], {}
+def tutorial(path: Path, out: Path) -> None:
+    "Execute a copy of a notebook in the current folder, heading by heading; keep it in `out` and show its results."
+    nb, start = nbformat.read(path, as_version=4), time.perf_counter()
+
+    def on_cell(cell, cell_index):
+        if cell.cell_type == "markdown" and (title := re.match(r"##? (.*)", cell.source)):
+            log.info("%5.0f s  %s", time.perf_counter() - start, title[1])
+
+    try:
+        execute(nb, Path.cwd(), on_cell=on_cell)
+    finally:
+        out.mkdir(parents=True, exist_ok=True)
+        nbformat.write(nb, out / path.name)
+    log.info("%5.0f s  done: %s holds the results, the checkpoint and the notebook as it ran\n",
+             time.perf_counter() - start, out)
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    metrics = list(dict.fromkeys(m for row in results.values() for m in row))
+    rows = [["", *metrics], *([name, *(f"{row[m]:.3f}" for m in metrics)] for name, row in results.items())]
+    print("\n".join("".join(f"{c:<14}" if i == 0 else f"{c:>12}" for i, c in enumerate(row)) for row in rows))
+
+
+def readme() -> dict[Path, bytes]:
+    "README.md and its pictures from nbs/index.ipynb, as {path: content}."
+    nb = nbformat.read(ROOT / "nbs/index.ipynb", as_version=4)
+    parts, files = ["<!-- Written from nbs/index.ipynb by `make readme`: change it there. -->"], {}
     for number, cell in enumerate(nb.cells):
-        directives = set(re.findall(r"^#\|\s*(hide|echo: false|output: false)\s*$", cell.source, re.M))
-        if "hide" in directives:
+        marks = directives(cell)
+        if "hide" in marks:
             continue
-        alt = re.search(r'^#\|\s*fig-alt:\s*"?(.*?)"?\s*$', cell.source, re.M)
-        source = "\n".join(l for l in cell.source.splitlines() if not l.startswith("#|")).strip()
         if cell.cell_type == "markdown":
-            parts.append(re.sub(r"\]\((?!http|#)([\w./-]+\.ipynb)\)", r"](nbs/\1)", cell.source))
+            parts.append(re.sub(r"\]\((?!https?:|#)([\w./-]+\.ipynb)\)", r"](nbs/\1)", cell.source))
             continue
-        if source and "echo: false" not in directives:
+        source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip()
+        alt = next((m.split(":", 1)[1].strip(' "') for m in marks if m.startswith("fig-alt:")), "")
+        if source and "echo: false" not in marks:
             parts.append(f"```python\n{source}\n```")
-        if "output: false" in directives:
-            continue
-        for o, output in enumerate(cell.get("outputs", [])):
+        for place, output in enumerate([] if "output: false" in marks else cell.outputs):
             data = output.get("data", {})
             if "image/png" in data:
-                file = root / "nbs/images" / f"index_{number}_{o}.png"
-                pictures[file] = base64.b64decode(data["image/png"])
-                parts.append(f"![{alt[1] if alt else ''}]({file.relative_to(root).as_posix()})")
+                file = ROOT / f"nbs/images/index_{number}_{place}.png"
+                files[file] = base64.b64decode(data["image/png"])
+                parts.append(f"![{alt}]({file.relative_to(ROOT).as_posix()})")
             elif "text/markdown" in data:
-                parts.append("".join(data["text/markdown"]))
+                parts.append(data["text/markdown"])
             else:
-                text = "".join(data.get("text/plain", output.get("text", "")))
+                text = data.get("text/plain", output.get("text", ""))
                 parts.append("\n".join("    " + line for line in text.rstrip().splitlines()))
-    text = "\n\n".join(p.strip("\n") for p in parts) + "\n"
-    return {root / "README.md": text.encode(), **pictures}
+    return {ROOT / "README.md": ("\n\n".join(p.strip("\n") for p in parts) + "\n").encode(), **files}
+
+
+def write_readme(check: bool) -> int:
+    "Write the files of `readme`, or with `check` name those that differ."
+    stale = {p: content for p, content in readme().items() if not p.exists() or p.read_bytes() != content}
+    for path, content in stale.items():
+        if check:
+            log.error("%s is not what nbs/index.ipynb gives: run `make readme`", path.relative_to(ROOT))
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+    return int(check and bool(stale))
 
 
 def main() -> int:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    runner = commands.add_parser("run")
-    runner.add_argument("notebooks", nargs="+", type=Path)
-    writer = commands.add_parser("readme")
-    writer.add_argument("--check", action="store_true", help="write nothing; fail where a file differs")
+    command = commands.add_parser("run", help="execute notebooks and store their outputs")
+    command.add_argument("notebooks", nargs="+", type=Path)
+    command = commands.add_parser("tutorial", help="execute a copy of a notebook and show its results")
+    command.add_argument("notebook", type=Path)
+    command.add_argument("--out", type=Path, required=True, help="folder of results.json; the copy goes there too")
+    command = commands.add_parser("readme", help="write README.md from nbs/index.ipynb")
+    command.add_argument("--check", action="store_true", help="write nothing, fail where a file differs")
     args = parser.parse_args()
     if args.command == "run":
         for path in args.notebooks:
             run(path)
-        return 0
-    stale = [p for p, content in readme().items() if not p.exists() or p.read_bytes() != content]
-    if args.check:
-        for path in stale:
-            log.error("%s is not what nbs/index.ipynb gives; run: python scripts/notebooks.py readme",
-                      path.relative_to(ROOT))
-        return 1 if stale else 0
-    for path, content in readme().items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+    elif args.command == "tutorial":
+        tutorial(args.notebook, args.out)
+    else:
+        return write_readme(args.check)
     return 0
 
 

@@ -1,0 +1,54 @@
+"""Every notebook's checks: one fresh process a notebook, a time limit each."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parent.parent
+STAGES = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "nbs").glob("*.ipynb"))
+TUTORIALS = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "nbs/tutorials").glob("*.ipynb"))
+LIMIT = 300  # seconds
+
+
+def check(notebook: Path, tmp_path: Path) -> None:
+    "Run nbdev's test of one notebook, whose files land in `tmp_path`'s copy of the notebook's folder."
+    command = [sys.executable, "-c", "import sys; from pathlib import Path; from nbdev.test import test_nb; "
+               "ok, _ = test_nb(Path(sys.argv[1]), skip_flags=['notest', 'slow', 'gpu']); sys.exit(not ok)", notebook]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT,
+                         env={**os.environ, "MPLBACKEND": "agg", "PYTHONPATH": str(ROOT)})
+    assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-8000:]
+
+
+def copied(notebook: str, tmp_path: Path, parameters: dict | None = None) -> Path:
+    "A copy of the notebook in an empty folder; `parameters` replace those of the cell tagged so."
+    nb = nbformat.read(ROOT / notebook, as_version=4)
+    for cell in nb.cells if parameters else ():
+        if "parameters" in cell.metadata.get("tags", ()):
+            for name, value in parameters.items():
+                cell.source, found = re.subn(rf"^{name} = .*$", f"{name} = {value!r}", cell.source, flags=re.M)
+                assert found == 1, f"{notebook} has no parameter {name}"
+    path = tmp_path / Path(notebook).name
+    nbformat.write(nb, path)
+    return path
+
+
+@pytest.mark.timeout(LIMIT + 30)
+@pytest.mark.parametrize("notebook", STAGES)
+def test_stage(notebook, tmp_path):
+    check(copied(notebook, tmp_path), tmp_path)
+
+
+SMALL = {"first_colbert": {"packages": ["scipy"], "n_test": 60, "n_validation": 12, "maxsteps": 4, "doc_maxlen": 32,
+                           "max_passages": 300}}
+
+
+@pytest.mark.timeout(LIMIT + 30)
+@pytest.mark.parametrize("notebook", TUTORIALS)
+def test_tutorial_on_little_data(notebook, tmp_path):
+    "The whole page on a small corpus; cells marked `#| slow` judge the full run and are left to `make tutorial`."
+    check(copied(notebook, tmp_path, SMALL[Path(notebook).stem]), tmp_path)
