@@ -258,8 +258,8 @@ def load_tokenizer(folder: Path, config, *, trust_remote_code: bool = False):
                          f"got one whose last id is {last}")
     return tokenizer
 
-# %% ../nbs/03_encoder.ipynb #8597c75d
-@torch.inference_mode()
+# %% ../nbs/03_encoder.ipynb #fad57c9f
+@torch.no_grad()
 def pca_projection(
     encoder: nn.Module,  # gives last_hidden_state (batch, tokens, hidden)
     tokenizer: ColBERTTokenizer,  # the passages go through it as documents
@@ -284,7 +284,7 @@ def pca_projection(
     largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
     return (directions * largest.sign()).float()
 
-# %% ../nbs/03_encoder.ipynb #039c7910
+# %% ../nbs/03_encoder.ipynb #db49ccdc
 class ColBERT(nn.Module):
     "An encoder whose every token gives one unit vector (Khattab and Zaharia 2020, section 3.2)."
     def __init__(
@@ -352,13 +352,13 @@ class ColBERT(nn.Module):
         training = self.training
         self.eval()
         try:
-            with torch.inference_mode(), tqdm(total=len(texts), unit=kind, disable=hide,
-                                              delay=0 if show_progress else 3) as bar:
+            with tqdm(total=len(texts), unit=kind, disable=hide, delay=0 if show_progress else 3) as bar:
                 for start in range(0, len(texts), batch_size):
                     rows = order[start:start + batch_size]
                     batch = tokenize([texts[row] for row in rows]).to(self.device)
-                    output = self(batch).cpu()  # (batch, tokens, dim)
-                    for row, vector, keep in zip(rows, output, batch.keep.cpu()):
+                    with torch.inference_mode():
+                        output = self(batch)  # (batch, tokens, dim)
+                    for row, vector, keep in zip(rows, output.cpu(), batch.keep.cpu()):
                         vectors[row] = vector[keep]
                     bar.update(len(rows))
         finally:
