@@ -63,7 +63,7 @@ class RetrievalDataset:
         return (f"RetrievalDataset({len(self.corpus):,} passages, {len(self.queries):,} queries, "
                 f"{sum(map(len, self.qrels.values())):,} judgments)")
 
-# %% ../nbs/00_corpus.ipynb #2547cd4d
+# %% ../nbs/00_corpus.ipynb #5ac75606
 SKIPPED = re.compile(r"""(tests?|test_.*|testing|conftest|setup|docs?|_examples|_build_utils|_testutils|_precompute|code_generators
                      |externals?|_external.*|_vendored|pyprima|_?array_api.*|_lib|compat|_?typing)$""", re.X)
 
@@ -97,8 +97,9 @@ def _definitions(tree: ast.Module | ast.ClassDef, prefix: str) -> Iterator[tuple
             try: *place, text = [ast.literal_eval(a) for a in node.value.args]
             except ValueError: continue  # the text is computed, not written
             if isinstance(text, tuple): place, text = [*place, text[0]], text[1]
-            name = ".".join([prefix, *(part for part in place if prefix.split(".")[0] not in part.split("."))])
-            if isinstance(text, str) and not place[-1].startswith("_"): yield name, "", inspect.cleandoc(text)
+            place = [part for part in place if prefix.split(".")[0] not in part.split(".")]  # without the module
+            if isinstance(text, str) and not any(part.startswith("_") for part in place):
+                yield ".".join([prefix, *place]), "", inspect.cleandoc(text)
 
 # %% ../nbs/00_corpus.ipynb #95a3a119
 def _one_line(text: str) -> str: return " ".join(text.split())
