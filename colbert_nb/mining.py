@@ -106,7 +106,7 @@ def hard_negative_model_name(
                     language_code, HARD_NEGATIVE_MODELS["other"][size])
     return HARD_NEGATIVE_MODELS[language][size]
 
-# %% ../nbs/06_mining.ipynb #9ad961a2
+# %% ../nbs/06_mining.ipynb #819fedcc
 class HardNegativeMiner:
     """Finds passages that a dense model ranks high for a query and that are not its positives.
 
@@ -199,7 +199,7 @@ class HardNegativeMiner:
         *,
         chunk_size: int = 4096,  # queries searched at once
     ) -> dict[int, list[int]]:  # query position -> passage positions, nearest first
-        "Up to `n` hard negatives a query from its rank window. ValueError if no query can get one."
+        "Up to `n` hard negatives a query from its rank window; a query whose passages are all positives gets none, and is logged."
         if n < 1:
             raise ValueError(f"expected n, the negatives a query, of 1 or more, got {n}.")
         self.fit(corpus)
@@ -214,9 +214,6 @@ class HardNegativeMiner:
                 if (first, last) != (self.min_rank, self.max_rank):
                     adapted.append((first, last))
                 mined[q] = self._choose(others[first:last], n, queries[q])
-        if queries and not any(mined.values()):
-            raise ValueError(f"{len(corpus)} passages and {len(queries)} queries give no negative: every passage is a "
-                             "positive; add documents that answer none of the queries.")
         self.short_queries = [q for q, found in mined.items() if len(found) < n]
         if adapted:
             log.warning("only %d passages: ranks %d to %d became %d to %d or more for %d of %d queries", len(corpus),
