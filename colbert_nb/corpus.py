@@ -6,7 +6,7 @@
 __all__ = ['log', 'SKIPPED', 'MINILM_SHA256', 'RetrievalDataset', 'docstrings', 'split_docstring', 'docstring_corpus',
            'split_queries', 'load_beir', 'load_colbert', 'load_hub', 'minilm_path']
 
-# %% ../nbs/00_corpus.ipynb #bf153a05
+# %% ../nbs/00_corpus.ipynb #04950a01
 import ast
 import hashlib
 import importlib.metadata
@@ -16,6 +16,7 @@ import json
 import logging
 import random
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -63,13 +64,13 @@ class RetrievalDataset:
         return (f"RetrievalDataset({len(self.corpus):,} passages, {len(self.queries):,} queries, "
                 f"{sum(map(len, self.qrels.values())):,} judgments)")
 
-# %% ../nbs/00_corpus.ipynb #5ac75606
+# %% ../nbs/00_corpus.ipynb #31708990
 SKIPPED = re.compile(r"""(tests?|test_.*|testing|conftest|setup|docs?|_examples|_build_utils|_testutils|_precompute|code_generators
                      |externals?|_external.*|_vendored|pyprima|_?array_api.*|_lib|compat|_?typing)$""", re.X)
 
 def docstrings(package: str         # name of an installed package, such as "numpy"
               ) -> Iterator[tuple[str, str, str]]: # (name, signature, docstring)
-    """Public functions, classes and methods of a package, read from its source files in sorted order; nothing is imported.
+    """Documented public functions, classes and methods of a package, read from its source files in sorted order; nothing is imported.
 
     Raises `ValueError` for what is not an installed package."""
     spec = importlib.util.find_spec(package) if isinstance(package, str) and package.isidentifier() else None
@@ -82,16 +83,26 @@ def docstrings(package: str         # name of an installed package, such as "num
         parts = file.relative_to(root).with_suffix("").parts
         if any(SKIPPED.match(part) for part in parts): continue
         shown = [part for part in parts if not part.startswith("_")] if spec.submodule_search_locations else []
-        yield from _definitions(ast.parse(file.read_bytes()), ".".join([package, *shown]))
+        yield from _definitions(_parse(file), ".".join([package, *shown]))
+
+def _parse(file: Path) -> ast.Module:
+    "The tree of a source file; an empty one, with a warning, for a file that is no Python (a template, say)."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of an invalid escape in somebody else's string
+        try: return ast.parse(file.read_bytes())
+        except (SyntaxError, ValueError) as error:
+            log.warning("%s is left out, it does not parse: %s", file.name, error)
+            return ast.Module([], [])
 
 def _definitions(tree: ast.Module | ast.ClassDef, prefix: str) -> Iterator[tuple[str, str, str]]:
-    "Public definitions below a module or class, and the `add_newdoc` texts of compiled functions."
+    "Documented public definitions below a module or class, and the `add_newdoc` texts of compiled functions."
     for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
-            inner = node.body if isinstance(node, ast.ClassDef) else [node]
-            function = next((n for n in inner if isinstance(n, ast.FunctionDef) and n.name in (node.name, "__init__")), None)
-            signature = re.sub(r"^(self|cls)(, /)?(, )?", "", ast.unparse(function.args)) if function else ""
-            yield f"{prefix}.{node.name}", f"({signature})", ast.get_docstring(node) or ""
+            docstring, inner = ast.get_docstring(node), node.body if isinstance(node, ast.ClassDef) else [node]
+            if docstring:
+                function = next((n for n in inner if isinstance(n, ast.FunctionDef) and n.name in (node.name, "__init__")), None)
+                signature = re.sub(r"^(self|cls)(, /)?(, )?", "", ast.unparse(function.args)) if function else ""
+                yield f"{prefix}.{node.name}", f"({signature})", docstring
             if isinstance(node, ast.ClassDef): yield from _definitions(node, f"{prefix}.{node.name}")
         elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and getattr(node.value.func, "id", "") == "add_newdoc":
             try: *place, text = [ast.literal_eval(a) for a in node.value.args]
