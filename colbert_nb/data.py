@@ -6,7 +6,7 @@
 __all__ = ['logger', 'Examples', 'parse_rows', 'draw_outside', 'choose_negatives', 'deal_pairs', 'make_triples',
            'split_validation', 'validation_rows', 'prepare']
 
-# %% ../nbs/05_data.ipynb #ef5fc501
+# %% ../nbs/05_data.ipynb #ea20ae03
 import logging
 import math
 import random
@@ -14,6 +14,7 @@ import reprlib
 from bisect import bisect_right
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from numbers import Number
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,11 @@ class Examples:
         return (f"Examples({len(self.queries)} queries, {len(self.corpus)} passages, {positives} positives, "
                 f"{negatives} negatives)")
 
-# %% ../nbs/05_data.ipynb #2dec85ff
+# %% ../nbs/05_data.ipynb #d91bebc3
 def _items(values: Any, name: str) -> Iterator[tuple[int, Any]]:
-    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
-        raise ValueError(f"{name}: expected a list or another iterable, got {shown(values)}. Put it in a list.")
+    if isinstance(values, (str, bytes, Mapping, set, frozenset)) or not isinstance(values, Iterable):
+        raise ValueError(f"{name}: expected a list or another iterable of fixed order, got {shown(values)}. Put it in a "
+                         "list; sort a set.")
     return enumerate(values)
 
 def _texts(value: Any, where: str) -> list[str]:
@@ -68,12 +70,12 @@ def _check_row(row: Any, where: str, length: int | None, labelled: bool) -> None
         raise ValueError(f"{where}: expected (query, passage) or (query, positive, negative), got {len(row)} values. "
                          "Several passages go in a list: (query, [passage, passage]).")
 
-# %% ../nbs/05_data.ipynb #a53b4c91
+# %% ../nbs/05_data.ipynb #bf2affbe
 def _label(row: tuple, where: str, positive: Any, negative: Any) -> bool:
     if not isinstance(row[2], Hashable) or row[2] not in (positive, negative):
         raise ValueError(f"{where}: expected the label {positive!r} or {negative!r}, got {shown(row[2])}. Correct it, or "
                          "set positive_label and negative_label to the values that your rows use.")
-    return row[2] == positive
+    return bool(row[2] == positive)
 
 def _read(raw_data: Any, corpus: dict[str, int], name: str, labels: tuple | None) -> tuple[dict, tuple[dict, dict]]:
     "Queries {text: number} and, for negatives and for positives, {query: {passage: first row}}; `corpus` grows."
@@ -82,7 +84,7 @@ def _read(raw_data: Any, corpus: dict[str, int], name: str, labels: tuple | None
         where = f"{name} row {number}"
         _check_row(row, where, length, labels is not None)
         length, query = len(row), queries.setdefault(clean_text(row[0], f"{where}, query"), len(queries))
-        if not labels and length == 3 and isinstance(row[2], (bool, int, float)):
+        if not labels and length == 3 and isinstance(row[2], Number):
             raise ValueError(f"{where}, negative: expected a passage, got {shown(row[2])}. If it is a label, set "
                              "pairs_with_labels=True.")
         parts = [(_label(row, where, *labels) if labels else True, row[1], "passage")]
