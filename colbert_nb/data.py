@@ -24,7 +24,7 @@ from .data_files import (TrainingData, check_folder, clean_text, export_training
 
 logger = logging.getLogger(__name__)
 
-# %% ../nbs/05_data.ipynb #2de610ef
+# %% ../nbs/05_data.ipynb #531f5ac3
 @dataclass
 class Examples:
     "Distinct queries and passages, known by their positions, and what the rows say of each query."
@@ -33,7 +33,10 @@ class Examples:
     positives: dict[int, list[int]]  # query -> passages, in the order of the rows
     negatives: dict[int, list[int]] = field(default_factory=dict)  # the same, where rows name negatives
 
-    def select(self, queries: Iterable[int]) -> "Examples":  # the same passages with these queries alone, renumbered
+    def select(self,
+        queries: Iterable[int],  # positions to keep, in this order
+    ) -> "Examples":
+        "The same passages with these queries alone, renumbered from 0."
         queries = list(queries)
         keep = lambda known: {i: known[q] for i, q in enumerate(queries) if q in known}
         return Examples([self.queries[q] for q in queries], self.corpus, keep(self.positives), keep(self.negatives))
@@ -70,7 +73,7 @@ def _check_row(row: Any, where: str, length: int | None, labelled: bool) -> None
         raise ValueError(f"{where}: expected (query, passage) or (query, positive, negative), got {len(row)} values. "
                          "Several passages go in a list: (query, [passage, passage]).")
 
-# %% ../nbs/05_data.ipynb #bf2affbe
+# %% ../nbs/05_data.ipynb #924206eb
 def _label(row: tuple, where: str, positive: Any, negative: Any) -> bool:
     if not isinstance(row[2], Hashable) or row[2] not in (positive, negative):
         raise ValueError(f"{where}: expected the label {positive!r} or {negative!r}, got {shown(row[2])}. Correct it, or "
@@ -104,7 +107,6 @@ def _read(raw_data: Any, corpus: dict[str, int], name: str, labels: tuple | None
         raise ValueError(f"{name}: expected a positive at least, got {len(queries)} queries without. Check positive_label.")
     return queries, known
 
-# %% ../nbs/05_data.ipynb #b6670515
 def _labels(pairs_with_labels: bool, positive: Any, negative: Any) -> tuple | None:
     if pairs_with_labels and positive == negative:
         raise ValueError(f"positive_label: expected another value than negative_label, got {positive!r} for both. Set the "
@@ -181,7 +183,7 @@ def deal_pairs(
     return [(positives[t % n_pos], negatives[(t + t // math.lcm(n_pos, n_neg)) % n_neg])
             for t in range(min(limit, n_pos * n_neg))]
 
-# %% ../nbs/05_data.ipynb #8f506174
+# %% ../nbs/05_data.ipynb #0240c2a5
 def _check_count(value: Any, name: str, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}: expected a whole number of {least} or more, got {shown(value)}. Correct it.")
@@ -198,7 +200,6 @@ def _check_negatives(examples: Examples, num_new_negatives: int) -> None:
     if without: logger.warning("%d of %d queries have no negative and give no triple, the first is %s",
                                len(without), len(queries), reprlib.repr(examples.queries[without[0]]))
 
-# %% ../nbs/05_data.ipynb #06646e57
 def make_triples(
     examples: Examples,
     *,
