@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'CHECKPOINT_FILES', 'UNWANTED', 'quiet_transformers', 'locate_model', 'read_json', 'max_positions',
            'check_encoder', 'weight_files', 'weight_names', 'load_backbone', 'load_tokenizer', 'colbert_config',
-           'is_colbert_checkpoint', 'is_other_late_interaction', 'read_metadata', 'read_projection', 'replace_folder',
-           'write_checkpoint', 'write_json']
+           'is_colbert_checkpoint', 'is_own_checkpoint', 'is_other_late_interaction', 'read_metadata',
+           'read_projection', 'replace_folder', 'write_checkpoint', 'write_json']
 
-# %% ../nbs/03_encoder_files.ipynb #b7005660
+# %% ../nbs/03_encoder_files.ipynb #7e2713ea
 import contextlib
 import copy
 import io
@@ -17,7 +17,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -40,7 +40,7 @@ def quiet_transformers() -> Iterator[None]:
         if bars:
             hf.enable_progress_bar()
 
-# %% ../nbs/03_encoder_files.ipynb #21673b0b
+# %% ../nbs/03_encoder_files.ipynb #422ff54e
 def locate_model(
     name_or_path: str | Path,  # a folder, or a model's id on the Hugging Face Hub
     *,
@@ -51,7 +51,7 @@ def locate_model(
     "The folder of a model; a Hub id is fetched into the Hub's cache. Raises ValueError where there is none."
     if not isinstance(name_or_path, (str, os.PathLike)) or not str(name_or_path).strip():
         raise ValueError(f"expected a model folder or a Hub id, got {name_or_path!r}")
-    path = Path(name_or_path).expanduser()
+    path = Path(os.path.expanduser(name_or_path))
     if path.suffix == ".dnn":
         raise ValueError(f"expected a checkpoint folder, got {path.name!r}: the old .dnn format is a pickle and is not "
                          "read; load it once in colbert-ai and save it as a folder")
@@ -228,12 +228,17 @@ def colbert_config(**settings):
         from colbert.infra.config import ColBERTConfig
     return ColBERTConfig(**settings)
 
-# %% ../nbs/03_encoder_files.ipynb #ab5db6ca
+# %% ../nbs/03_encoder_files.ipynb #83a46979
 def is_colbert_checkpoint(
     path: str | Path,  # a folder
 ) -> bool:  # True where `from_pretrained` would go on training a late-interaction model
     "Whether `path` is a folder in colbert-ai's checkpoint format, which is told by its file `artifact.metadata`."
     return (Path(path) / "artifact.metadata").is_file()
+
+
+def is_own_checkpoint(folder: Path) -> bool:
+    "Whether `write_checkpoint` wrote `folder`: colbert-ai's own checkpoints say nothing of query expansion."
+    return is_colbert_checkpoint(folder) and "query_expansion" in read_json(folder / "artifact.metadata")
 
 
 def is_other_late_interaction(folder: Path) -> bool:
@@ -266,16 +271,18 @@ def read_projection(folder: Path, shape: tuple[int, int]) -> Tensor:
     raise ValueError(f"expected the projection linear.weight in the weights of {str(folder)!r}, got none; without "
                      "artifact.metadata the folder is read as a plain encoder")
 
-# %% ../nbs/03_encoder_files.ipynb #7e4b5746
+# %% ../nbs/03_encoder_files.ipynb #b2ca77d7
 @contextlib.contextmanager
 def replace_folder(
     path: Path,  # the folder that is to appear
-    known: Set[str],  # names that may be replaced
+    known: set[str],  # names of files that may be replaced
+    ours: Callable[[Path], bool],  # whether a folder of such files was written by us
 ) -> Iterator[Path]:  # a new empty folder beside it, to be filled
     "Fills a folder beside `path` and renames it into place; after an error `path` is as it was."
-    foreign = sorted(p.name for p in path.iterdir() if p.name not in known) if path.is_dir() else []
+    held = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
+    foreign = [name for name in held if name not in known] or ([] if not held or ours(path) else held)
     if foreign or (path.exists() and not path.is_dir()):
-        raise ValueError(f"expected a new folder, or a checkpoint to replace, got {str(path)!r}, which "
+        raise ValueError(f"expected a new folder, or one that was saved before, got {str(path)!r}, which "
                          + (f"holds other files, such as {foreign[0]!r}" if foreign else "is a file")
                          + "; nothing was changed, take another name")
     path.parent.mkdir(parents=True, exist_ok=True)
