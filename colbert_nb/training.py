@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['log', 'RUN_FILE', 'LOG_FILE', 'BEST', 'STATE', 'OWN_ARGUMENTS', 'NOT_SETTINGS', 'TOKENIZER_SETTINGS',
            'contrastive_loss', 'batch_columns', 'TokenCache', 'first_positions', 'TripleCollator', 'batch_scores',
-           'TrainingModule', 'Engine', 'choose_engine', 'ShuffledTriples', 'Plan', 'plan_steps', 'check_triples',
-           'validation_pool', 'validate', 'checkpoints', 'read_log', 'open_run', 'Flow', 'ColBERTTrainer',
-           'load_weights', 'fingerprint', 'training_arguments', 'check_settings', 'train_colbert']
+           'TrainingModule', 'Plan', 'plan_steps', 'ShuffledTriples', 'Engine', 'choose_engine', 'check_triples',
+           'validation_pool', 'validate', 'checkpoints', 'read_log', 'write_whole', 'open_run', 'Flow',
+           'ColBERTTrainer', 'load_weights', 'fingerprint', 'training_arguments', 'check_settings', 'train_colbert',
+           'plot_log']
 
-# %% ../nbs/07_training.ipynb #2740254e
+# %% ../nbs/07_training.ipynb #7f07b4d2
 import hashlib
 import json
 import logging
@@ -30,7 +31,7 @@ from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from .data import TrainingData, load_training_data
-from .encoder import CHECKPOINT_FILES, ColBERT, replace_folder, write_checkpoint
+from .encoder import CHECKPOINT_FILES, ColBERT, replace_folder
 from .scoring import maxsim
 from .tokenization import ColBERTTokenizer, TokenBatch
 
@@ -177,61 +178,6 @@ class TrainingModule(nn.Module):
         "As `batch_scores`."
         return batch_scores(self.model, queries, documents)
 
-# %% ../nbs/07_training.ipynb #8ef7426d
-@dataclass(frozen=True)
-class Engine:
-    "What the hardware is asked to do; chosen by what it can do, never by a timing."
-    device: str
-    bf16: bool  # matrix products in bfloat16, weights and scores in float32
-    attn_implementation: str
-    optim: str  # AdamW in one kernel where the device has it
-    chunk_size: int  # passages encoded together
-
-
-def choose_engine(
-    device: torch.device | str,
-    *,
-    bf16: bool | str = "auto",  # "auto": where the processor multiplies bfloat16 in hardware
-    attn_implementation: str = "auto",  # "auto": plain products for bfloat16 on a CPU, fused attention elsewhere
-    optim: str = "auto",  # any optimizer name of `TrainingArguments`
-    chunk_size: int | str = "auto",  # "auto": small on a CPU, where padding costs time; large elsewhere
-) -> Engine:
-    "The fastest exact way on this hardware. Raises ValueError for bfloat16 on a GPU without it."
-    device = torch.device(device)
-    cpu, cuda = device.type == "cpu", device.type == "cuda"
-    able = torch.cuda.get_device_capability(device)[0] >= 8 if cuda else cpu and any(
-        getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    if bf16 is True and cuda and not able:
-        raise ValueError("expected bf16=False or 'auto' on this GPU, got True: it has no bfloat16 products")
-    half = able if bf16 == "auto" else bool(bf16)
-    return Engine(
-        device=str(device), bf16=half,
-        attn_implementation=("eager" if cpu and half else "sdpa") if attn_implementation == "auto" else attn_implementation,
-        optim=("adamw_torch_fused" if cpu or cuda else "adamw_torch") if optim == "auto" else optim,
-        chunk_size=(8 if cpu else 64) if chunk_size == "auto" else chunk_size)
-
-# %% ../nbs/07_training.ipynb #b5e782e1
-class ShuffledTriples(Dataset):
-    "All passes over the triples in one row: item i is the same for the same seed, however often a run is stopped."
-
-    def __init__(
-        self,
-        triples: Sequence[Sequence[int]],
-        length: int,  # items over all passes
-        seed: int = 42,
-    ):
-        self.triples, self.length, self.seed, self.epoch, self.order = triples, length, seed, None, None
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, item: int) -> Sequence[int]:
-        epoch, at = divmod(item, len(self.triples))
-        if epoch != self.epoch:
-            generator = torch.Generator().manual_seed(self.seed + epoch)
-            self.epoch, self.order = epoch, torch.randperm(len(self.triples), generator=generator)
-        return self.triples[int(self.order[at])]
-
 # %% ../nbs/07_training.ipynb #3895e668
 @dataclass(frozen=True)
 class Plan:
@@ -273,6 +219,61 @@ def plan_steps(
     if warmup > steps:
         raise ValueError(f"expected warmup_steps of at most the {steps} steps of this run, got {warmup_steps}; 'auto' takes a tenth")
     return Plan(batch_size, accumsteps, min(n_triples * epochs, steps * batch_size), steps, warmup)
+
+# %% ../nbs/07_training.ipynb #b5e782e1
+class ShuffledTriples(Dataset):
+    "All passes over the triples in one row: item i is the same for the same seed, however often a run is stopped."
+
+    def __init__(
+        self,
+        triples: Sequence[Sequence[int]],
+        length: int,  # items over all passes
+        seed: int = 42,
+    ):
+        self.triples, self.length, self.seed, self.epoch, self.order = triples, length, seed, None, None
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, item: int) -> Sequence[int]:
+        epoch, at = divmod(item, len(self.triples))
+        if epoch != self.epoch:
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            self.epoch, self.order = epoch, torch.randperm(len(self.triples), generator=generator)
+        return self.triples[int(self.order[at])]
+
+# %% ../nbs/07_training.ipynb #8ef7426d
+@dataclass(frozen=True)
+class Engine:
+    "What the hardware is asked to do; chosen by what it can do, never by a timing."
+    device: str
+    bf16: bool  # matrix products in bfloat16, weights and scores in float32
+    attn_implementation: str
+    optim: str  # AdamW in one kernel where the device has it
+    chunk_size: int  # passages encoded together
+
+
+def choose_engine(
+    device: torch.device | str,
+    *,
+    bf16: bool | str = "auto",  # "auto": where the processor multiplies bfloat16 in hardware
+    attn_implementation: str = "auto",  # "auto": plain products for bfloat16 on a CPU, fused attention elsewhere
+    optim: str = "auto",  # any optimizer name of `TrainingArguments`
+    chunk_size: int | str = "auto",  # "auto": small on a CPU, where padding costs time; large elsewhere
+) -> Engine:
+    "The fastest exact way on this hardware. Raises ValueError for bfloat16 on a GPU without it."
+    device = torch.device(device)
+    cpu, cuda = device.type == "cpu", device.type == "cuda"
+    able = torch.cuda.get_device_capability(device)[0] >= 8 if cuda else cpu and any(
+        getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    if bf16 is True and cuda and not able:
+        raise ValueError("expected bf16=False or 'auto' on this GPU, got True: it has no bfloat16 products")
+    half = able if bf16 == "auto" else bool(bf16)
+    return Engine(
+        device=str(device), bf16=half,
+        attn_implementation=("eager" if cpu and half else "sdpa") if attn_implementation == "auto" else attn_implementation,
+        optim=("adamw_torch_fused" if cpu or cuda else "adamw_torch") if optim == "auto" else optim,
+        chunk_size=(8 if cpu else 64) if chunk_size == "auto" else chunk_size)
 
 # %% ../nbs/07_training.ipynb #a3fc9724
 def check_triples(data: TrainingData, collator: TripleCollator) -> None:
@@ -321,7 +322,7 @@ def validate(
     place = {p: i for i, p in enumerate(pool)}
     return evaluate(run, {q: {place[p]: 1 for p in row["positives"]} for q, row in enumerate(validation)}, (metric,))[metric]
 
-# %% ../nbs/07_training.ipynb #a18938e2
+# %% ../nbs/07_training.ipynb #ea23fb2d
 RUN_FILE, LOG_FILE, BEST, STATE = "run.json", "log.jsonl", "best", "trainer_state"
 
 
@@ -336,6 +337,13 @@ def read_log(run: str | Path) -> list[dict]:
     path = Path(run) / LOG_FILE
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
     return [json.loads(line) for line in lines]
+
+
+def write_whole(path: Path, text: str) -> None:
+    "A whole file or none: written beside and renamed."
+    beside = path.with_name(f".{path.name}.part")
+    beside.write_text(text, encoding="utf-8", newline="\n")
+    beside.replace(path)
 
 
 def open_run(
@@ -361,36 +369,30 @@ def open_run(
                 if old != new:
                     raise ValueError(f"expected {name}={old!r} as the run in {str(run)!r} was begun with, got {new!r}; resume "
                                      "with the same settings and data, or begin a new run")
-    ours = re.compile(rf"checkpoint-\d+|{BEST}|{re.escape(LOG_FILE)}|{RUN_FILE}") if overwrite else re.compile("(?!)")
     for name in names:
-        if ours.fullmatch(name) or re.fullmatch(rf"\.(checkpoint-\d+|{BEST})\.\d+\.(new|old)|\.{RUN_FILE}\.part", name):
+        if overwrite and re.fullmatch(rf"checkpoint-\d+|{BEST}|{LOG_FILE}", name) or re.fullmatch(rf"\.(checkpoint-\d+|{BEST})\.\d+\.(new|old)|\.({RUN_FILE}|{LOG_FILE})\.part", name):
             shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink()
     run.mkdir(parents=True, exist_ok=True)
     if not before or overwrite:
-        beside = run / f".{RUN_FILE}.part"
-        beside.write_text(json.dumps(description, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        beside.replace(run / RUN_FILE)
+        write_whole(run / RUN_FILE, json.dumps(description, indent=2, sort_keys=True) + "\n")
     return list(checkpoints(run).values())[-1] if checkpoints(run) else None
 
-# %% ../nbs/07_training.ipynb #05a41202
+# %% ../nbs/07_training.ipynb #f1b7a174
 class Flow(TrainerCallback):
-    "Logs where a checkpoint is saved, and shows a progress bar."
+    "Logs where a checkpoint is saved, and moves a progress bar."
 
-    def __init__(self, progress: bool | None = None):
-        self.progress, self.bar = progress, None
+    def __init__(self, bar: tqdm):
+        self.bar = bar
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step",
-                        disable=None if self.progress is None else not self.progress)
+        self.bar.reset(state.max_steps)
+        self.bar.update(state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_log |= control.should_save
         self.bar.update()
 
-    def on_train_end(self, args, state, control, **kwargs):
-        self.bar.close()
-
-# %% ../nbs/07_training.ipynb #3a559ded
+# %% ../nbs/07_training.ipynb #5a067f0c
 class ColBERTTrainer(Trainer):
     "`transformers.Trainer` with late interaction's loss, its validation, and checkpoints that every ColBERT loader reads."
 
@@ -456,7 +458,7 @@ class ColBERTTrainer(Trainer):
         "The model's files and, apart from them, the trainer's own; the folder has its name only when all is written."
         folder = self.run / f"checkpoint-{self.state.global_step}"
         with replace_folder(folder, CHECKPOINT_FILES | {STATE}) as new:
-            write_checkpoint(self.model.model, new)
+            self.model.model.save_pretrained(new)
             (new / STATE).mkdir()
             for save in (self._save_optimizer_and_scheduler, self._save_scaler, self._save_rng_state):
                 save(str(new / STATE))
@@ -543,7 +545,7 @@ def check_settings(**values) -> None:
         if not fits(values[name]):
             raise ValueError(f"expected {name} as {wanted}, got {values[name]!r}")
 
-# %% ../nbs/07_training.ipynb #9d1ad48d
+# %% ../nbs/07_training.ipynb #7925274f
 def train_colbert(
     model: ColBERT,  # holds the best weights afterwards
     data: TrainingData | str | Path,  # or the folder that `colbert_nb.data` wrote
@@ -614,16 +616,18 @@ def train_colbert(
 
     attention = model.encoder.config._attn_implementation
     model.encoder.set_attn_implementation(engine.attn_implementation)
+    bar = tqdm(unit="step", disable=None if progress is None else not progress)
     trainer = ColBERTTrainer(
         TrainingModule(model, dropout), args, collator, ShuffledTriples(data.triples, plan.n_items, seed),
-        data.validation or None, validate=validation_value, keep=keep, callbacks=[Flow(progress), *callbacks])
+        data.validation or None, validate=validation_value, keep=keep, callbacks=[Flow(bar), *callbacks])
     kept = [line for line in read_log(run) if checkpoint and line["step"] <= int(checkpoint.name.split("-")[1])]
-    (run / LOG_FILE).write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8", newline="\n")
+    write_whole(run / LOG_FILE, "".join(json.dumps(line) + "\n" for line in kept))
     try:
         if data.validation and not checkpoint:
             trainer.evaluate()
         trainer.train(resume_from_checkpoint=str(checkpoint / STATE) if checkpoint else None)
     finally:
+        bar.close()
         model.encoder.set_attn_implementation(attention)
         model.eval()
     if trainer.state.global_step not in checkpoints(run):
@@ -636,3 +640,30 @@ def train_colbert(
     load_weights(model, run / BEST)
     log.info("the best of %s is step %d%s", run, best, f": {validation_metric} {trainer.state.best_metric:.3f}" if data.validation else "")
     return run / BEST
+
+# %% ../nbs/07_training.ipynb #0d2d3b6a
+def plot_log(
+    run: str | Path,  # the run's folder
+):  # a matplotlib Figure
+    "Loss and learning rate, scores of positive and hardest negative, validation, each over the steps."
+    import matplotlib.pyplot as plt
+    lines, blue, orange, grey = read_log(run), "#2f7ebc", "#e6762b", "#7f7f7f"
+    steps, checks = [x for x in lines if "loss" in x], [x for x in lines if "loss" not in x]
+    colours = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), grey)
+    style = {"axes.facecolor": "none", "figure.facecolor": "none", "savefig.facecolor": "none", "legend.frameon": False,
+             "axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
+    with plt.rc_context(colours | style):
+        figure, panels = plt.subplots(1, 3, figsize=(10, 2.6), layout="constrained")
+        rate = panels[0].twinx()
+        for axis, name, colour in ((panels[0], "loss", blue), (rate, "learning_rate", orange),
+                                   (panels[1], "positive", blue), (panels[1], "hardest_negative", orange)):
+            axis.plot([x["step"] for x in steps], [x[name] for x in steps], color=colour, label=name.replace("_", " "))
+        for metric in sorted({k for x in checks for k in x} - {"step", "epoch"}):
+            panels[2].plot([x["step"] for x in checks], [x[metric] for x in checks], color=blue, marker="o", markersize=3, label=metric)
+        top = max(x["learning_rate"] for x in steps)
+        rate.set(yticks=[0, top], yticklabels=["0", f"{top:.0e}"])
+        for axis, title in zip(panels, ("loss and learning rate", "MaxSim", "validation")):
+            axis.set(title=title, xlabel="step")
+            lines = [*axis.lines, *(rate.lines if axis is panels[0] else ())]
+            axis.legend(handles=lines) if lines else axis.set_visible(False)
+    return figure
