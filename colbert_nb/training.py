@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['log', 'RUN_FILE', 'LOG_FILE', 'BEST', 'STATE', 'OWN_ARGUMENTS', 'NOT_SETTINGS', 'TOKENIZER_SETTINGS',
-           'contrastive_loss', 'batch_columns', 'TokenCache', 'first_positions', 'TripleCollator', 'batch_scores',
-           'TrainingModule', 'Plan', 'plan_steps', 'ShuffledTriples', 'Engine', 'choose_engine', 'check_triples',
-           'validation_pool', 'validate', 'checkpoints', 'read_log', 'write_whole', 'open_run', 'Flow',
+           'contrastive_loss', 'batch_columns', 'TokenCache', 'first_positions', 'check_triples', 'TripleCollator',
+           'batch_scores', 'TrainingModule', 'Plan', 'plan_steps', 'ShuffledTriples', 'Engine', 'choose_engine',
+           'validation_pool', 'validate', 'checkpoints', 'read_log', 'write_whole', 'whole_folder', 'open_run', 'Flow',
            'ColBERTTrainer', 'load_weights', 'fingerprint', 'training_arguments', 'check_settings', 'train_colbert',
            'plot_log']
 
-# %% ../nbs/07_training.ipynb #7f07b4d2
+# %% ../nbs/07_training.ipynb #3a9b3f6f
 import hashlib
 import json
 import logging
@@ -18,7 +18,8 @@ import math
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from .data import TrainingData, load_training_data
-from .encoder import CHECKPOINT_FILES, ColBERT, replace_folder
+from .encoder import ColBERT
 from .scoring import maxsim
 from .tokenization import ColBERTTokenizer, TokenBatch
 
@@ -96,15 +97,26 @@ class TokenCache:
         columns = zip(*(self.rows[p] for p in positions))
         return TokenBatch(*(pad_sequence(c, batch_first=True, padding_value=v) for c, v in zip(columns, (self.pad_id, 0, False))))
 
-# %% ../nbs/07_training.ipynb #8eac0b6a
+# %% ../nbs/07_training.ipynb #30a02c7d
 def first_positions(texts: Sequence[str]) -> list[int]:
     "For each text the position where it first occurs: equal texts become one."
     seen: dict[str, int] = {}
     return [seen.setdefault(text, i) for i, text in enumerate(texts)]
 
 
+def check_triples(data: TrainingData) -> None:
+    "Raises ValueError for a triple that is not [query, positive, negative, ...] in positions."
+    for row, triple in enumerate(data.triples):
+        whole = len(triple) >= 3 and all(type(i) is int for i in triple)
+        if not whole or not 0 <= triple[0] < len(data.queries) or not all(0 <= p < len(data.corpus) for p in triple[1:]):
+            raise ValueError(f"triple {row}: expected [query, positive, negative, ...], positions in {len(data.queries)} "
+                             f"queries and {len(data.corpus)} passages, got {list(triple)}")
+
+
 class TripleCollator:
-    "Triples to a batch: the queries, the distinct passages in chunks of like length, and who stands in whose softmax."
+    """Triples to a batch: the queries, the distinct passages in chunks of like length, and who stands in whose softmax.
+
+    Raises ValueError for a triple that is none."""
 
     def __init__(
         self,
@@ -114,6 +126,7 @@ class TripleCollator:
         *,
         chunk_size: int = 8,  # passages padded and encoded together
     ):
+        check_triples(data)
         pad_id = tokenizer.tokenizer.pad_token_id
         self.use_ib_negatives, self.chunk_size = use_ib_negatives, chunk_size
         self.query, self.passage = first_positions(data.queries), first_positions(data.corpus)
@@ -126,6 +139,15 @@ class TripleCollator:
     def canonical(self, triple: Sequence[int]) -> tuple[int, ...]:
         "A triple with each text under its first position."
         return self.query[triple[0]], *(self.passage[p] for p in triple[1:])
+
+    def check_negatives(self, data: TrainingData) -> None:
+        "Raises ValueError for a triple whose negative is a known positive of its query, by number or by text."
+        for row, triple in enumerate(data.triples):
+            query, _, *negatives = self.canonical(triple)
+            for given, passage in zip(triple[2:], negatives):
+                if passage in self.known[query]:
+                    raise ValueError(f"triple {row}: expected negatives that are no positive of query {triple[0]}, got passage "
+                                     f"{given}, {data.corpus[given]!r:.60}; leave this triple out")
 
     def __call__(self, triples: Sequence[Sequence[int]]) -> dict:
         "`queries`: a TokenBatch; `documents`: TokenBatches in column order; `positives`, `allowed` as in `contrastive_loss`."
@@ -275,22 +297,7 @@ def choose_engine(
         optim=("adamw_torch_fused" if cpu or cuda else "adamw_torch") if optim == "auto" else optim,
         chunk_size=(8 if cpu else 64) if chunk_size == "auto" else chunk_size)
 
-# %% ../nbs/07_training.ipynb #a3fc9724
-def check_triples(data: TrainingData, collator: TripleCollator) -> None:
-    "Raises ValueError for a triple that is none, and for a positive of a query that is among its negatives."
-    for row, triple in enumerate(data.triples):
-        whole = len(triple) >= 3 and all(type(i) is int for i in triple)
-        if not whole or not 0 <= triple[0] < len(data.queries) or not all(0 <= p < len(data.corpus) for p in triple[1:]):
-            raise ValueError(f"triple {row}: expected [query, positive, negative, ...], positions in {len(data.queries)} "
-                             f"queries and {len(data.corpus)} passages, got {list(triple)}")
-    for row, triple in enumerate(data.triples):
-        query, _, *negatives = collator.canonical(triple)
-        for given, passage in zip(triple[2:], negatives):
-            if passage in collator.known[query]:
-                raise ValueError(f"triple {row}: expected negatives that are no positive of query {triple[0]}, got passage "
-                                 f"{given}, {data.corpus[given]!r:.60}; leave this triple out")
-
-
+# %% ../nbs/07_training.ipynb #a3e91d0c
 def validation_pool(
     validation: Sequence[dict],  # {"query", "positives", "candidates"}
     limit: int,  # passages wanted; every positive is in, however many they are
@@ -322,7 +329,7 @@ def validate(
     place = {p: i for i, p in enumerate(pool)}
     return evaluate(run, {q: {place[p]: 1 for p in row["positives"]} for q, row in enumerate(validation)}, (metric,))[metric]
 
-# %% ../nbs/07_training.ipynb #ea23fb2d
+# %% ../nbs/07_training.ipynb #a5b1d235
 RUN_FILE, LOG_FILE, BEST, STATE = "run.json", "log.jsonl", "best", "trainer_state"
 
 
@@ -344,6 +351,19 @@ def write_whole(path: Path, text: str) -> None:
     beside = path.with_name(f".{path.name}.part")
     beside.write_text(text, encoding="utf-8", newline="\n")
     beside.replace(path)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:  # a name beside `path` for a folder to be made
+    "A whole folder or none: filled beside and renamed; after an error nothing is left of it."
+    beside = path.with_name(f".{path.name}.part")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        yield beside
+        shutil.rmtree(path, ignore_errors=True)
+        beside.rename(path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def open_run(
@@ -370,7 +390,7 @@ def open_run(
                     raise ValueError(f"expected {name}={old!r} as the run in {str(run)!r} was begun with, got {new!r}; resume "
                                      "with the same settings and data, or begin a new run")
     for name in names:
-        if overwrite and re.fullmatch(rf"checkpoint-\d+|{BEST}|{LOG_FILE}", name) or re.fullmatch(rf"\.(checkpoint-\d+|{BEST})\.\d+\.(new|old)|\.({RUN_FILE}|{LOG_FILE})\.part", name):
+        if overwrite and re.fullmatch(rf"checkpoint-\d+|{BEST}|{LOG_FILE}", name) or re.fullmatch(rf"\.+(checkpoint-\d+|{BEST}|{LOG_FILE}|{RUN_FILE})\.part.*", name):
             shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink()
     run.mkdir(parents=True, exist_ok=True)
     if not before or overwrite:
@@ -392,7 +412,7 @@ class Flow(TrainerCallback):
         control.should_log |= control.should_save
         self.bar.update()
 
-# %% ../nbs/07_training.ipynb #5a067f0c
+# %% ../nbs/07_training.ipynb #8654db29
 class ColBERTTrainer(Trainer):
     "`transformers.Trainer` with late interaction's loss, its validation, and checkpoints that every ColBERT loader reads."
 
@@ -457,7 +477,7 @@ class ColBERTTrainer(Trainer):
     def _save_checkpoint(self, model, trial) -> None:
         "The model's files and, apart from them, the trainer's own; the folder has its name only when all is written."
         folder = self.run / f"checkpoint-{self.state.global_step}"
-        with replace_folder(folder, CHECKPOINT_FILES | {STATE}) as new:
+        with whole_folder(folder) as new:
             self.model.model.save_pretrained(new)
             (new / STATE).mkdir()
             for save in (self._save_optimizer_and_scheduler, self._save_scaler, self._save_rng_state):
@@ -545,7 +565,7 @@ def check_settings(**values) -> None:
         if not fits(values[name]):
             raise ValueError(f"expected {name} as {wanted}, got {values[name]!r}")
 
-# %% ../nbs/07_training.ipynb #7925274f
+# %% ../nbs/07_training.ipynb #ad08521e
 def train_colbert(
     model: ColBERT,  # holds the best weights afterwards
     data: TrainingData | str | Path,  # or the folder that `colbert_nb.data` wrote
@@ -592,7 +612,7 @@ def train_colbert(
     args = training_arguments(run, plan, engine, validation_metric if data.validation else None, training_args,
                               learning_rate=learning_rate, max_grad_norm=max_grad_norm, seed=seed)
     collator = TripleCollator(data, model.tokenizer, use_ib_negatives, chunk_size=engine.chunk_size)
-    check_triples(data, collator)
+    collator.check_negatives(data)
     settings |= {name: getattr(model.tokenizer, name) for name in TOKENIZER_SETTINGS} | {"dim": model.linear.out_features}
     description = {"format": "colbert_nb run", "version": 1, "settings": json.loads(json.dumps(settings, default=str)),
                    "data": {"triples": len(data.triples), "sha256": fingerprint(data)}, "engine": asdict(engine), "plan": asdict(plan)}
@@ -633,7 +653,8 @@ def train_colbert(
     if trainer.state.global_step not in checkpoints(run):
         trainer._save_checkpoint(None, None)
     best = trainer.state.best_global_step or trainer.state.global_step
-    with replace_folder(run / BEST, CHECKPOINT_FILES) as new:
+    with whole_folder(run / BEST) as new:
+        new.mkdir()
         for file in checkpoints(run)[best].iterdir():
             if file.is_file():
                 shutil.copy(file, new)
