@@ -58,7 +58,7 @@ def run(path: Path) -> None:
 
 
 def tutorial(path: Path, out: Path) -> None:
-    "Execute a copy of a notebook in the current folder, heading by heading; keep it in `out` and show its results."
+    "Execute a copy of a notebook in the current folder, heading by heading; keep it beside `out` and show its results."
     nb, start = nbformat.read(path, as_version=4), time.perf_counter()
 
     def on_cell(cell, cell_index):
@@ -68,10 +68,10 @@ def tutorial(path: Path, out: Path) -> None:
     try:
         execute(nb, Path.cwd(), on_cell=on_cell)
     finally:
-        out.mkdir(parents=True, exist_ok=True)
-        nbformat.write(nb, out / path.name)
-    log.info("%5.0f s  done: %s holds the results, the checkpoint and the notebook as it ran\n",
-             time.perf_counter() - start, out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(nb, out.with_suffix(".ipynb"))
+    log.info("%5.0f s  done: %s holds the results and the checkpoint, %s is the notebook as it ran\n",
+             time.perf_counter() - start, out, out.with_suffix(".ipynb"))
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     metrics = list(dict.fromkeys(m for row in results.values() for m in row))
     rows = [["", *metrics], *([name, *(f"{row[m]:.3f}" for m in metrics)] for name, row in results.items())]
@@ -127,7 +127,7 @@ def main() -> int:
     command.add_argument("notebooks", nargs="+", type=Path)
     command = commands.add_parser("tutorial", help="execute a copy of a notebook and show its results")
     command.add_argument("notebook", type=Path)
-    command.add_argument("--out", type=Path, required=True, help="folder of results.json; the copy goes there too")
+    command.add_argument("--out", type=Path, required=True, help="folder of results.json; the copy goes beside it")
     command = commands.add_parser("readme", help="write README.md from nbs/index.ipynb")
     command.add_argument("--check", action="store_true", help="write nothing, fail where a file differs")
     args = parser.parse_args()
