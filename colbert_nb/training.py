@@ -412,7 +412,7 @@ class Flow(TrainerCallback):
         control.should_log |= control.should_save
         self.bar.update()
 
-# %% ../nbs/07_training.ipynb #8654db29
+# %% ../nbs/07_training.ipynb #8f5eab39
 class ColBERTTrainer(Trainer):
     "`transformers.Trainer` with late interaction's loss, its validation, and checkpoints that every ColBERT loader reads."
 
@@ -464,11 +464,12 @@ class ColBERTTrainer(Trainer):
             best, others, n, m = torch.stack(self.seen).sum(0).tolist()
             self.seen.clear()
             line |= {"positive": best / n, "hardest_negative": others / m if m else None}
-            if not math.isfinite(logs["loss"]):
-                last = list(checkpoints(self.run).values())
-                raise FloatingPointError(
-                    f"the loss is {logs['loss']} at step {self.state.global_step}: training cannot go on. Try a lower "
-                    f"learning_rate{' or bf16=False' if self.args.bf16 else ''}. " + (f"The last good checkpoint is {last[-1]}." if last else "No checkpoint was saved yet."))
+            for name in ("loss", "grad_norm"):
+                if not math.isfinite(logs.get(name, 0.0)):
+                    last = list(checkpoints(self.run).values())
+                    raise FloatingPointError(
+                        f"{name} is {logs[name]} at step {self.state.global_step}: training cannot go on. Try a lower learning_rate"
+                        f"{' or bf16=False' if self.args.bf16 else ''}. {f'The last good checkpoint is {last[-1]}' if last else 'No checkpoint was saved yet'}.")
         if "loss" in logs or any(k.startswith("eval_") for k in logs):
             with open(self.run / LOG_FILE, "a", encoding="utf-8", newline="\n") as file:
                 file.write(json.dumps(line) + "\n")
@@ -489,6 +490,7 @@ class ColBERTTrainer(Trainer):
                 shutil.rmtree(old)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        "The trainer's state lies in a subfolder of the checkpoint; the weights are one folder up."
         load_weights(self.model.model, Path(resume_from_checkpoint).parent)
 
 
@@ -502,7 +504,7 @@ def load_weights(
     model.linear.load_state_dict({"weight": weights.pop("linear.weight")})
     model.encoder.load_state_dict({name.removeprefix(prefix): weight for name, weight in weights.items()})
 
-# %% ../nbs/07_training.ipynb #f99c5c8b
+# %% ../nbs/07_training.ipynb #04f598f3
 def fingerprint(data: TrainingData) -> str:
     "A hash of everything that is trained and validated on."
     digest = hashlib.sha256()
@@ -547,9 +549,11 @@ def training_arguments(
     args._n_gpu = min(args.n_gpu, 1)
     return args
 
-# %% ../nbs/07_training.ipynb #bf36a507
+
 NOT_SETTINGS = ("output_dir", "resume", "overwrite", "keep", "callbacks", "progress")
 TOKENIZER_SETTINGS = ("query_maxlen", "doc_maxlen", "mask_punctuation", "attend_to_mask_tokens", "query_expansion")
+
+
 def check_settings(**values) -> None:
     "Raises ValueError for a number that is none, or out of its range."
     number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
@@ -662,7 +666,7 @@ def train_colbert(
     log.info("the best of %s is step %d%s", run, best, f": {validation_metric} {trainer.state.best_metric:.3f}" if data.validation else "")
     return run / BEST
 
-# %% ../nbs/07_training.ipynb #0d2d3b6a
+# %% ../nbs/07_training.ipynb #b262e6e3
 def plot_log(
     run: str | Path,  # the run's folder
 ):  # a matplotlib Figure
@@ -678,7 +682,7 @@ def plot_log(
         rate = panels[0].twinx()
         for axis, name, colour in ((panels[0], "loss", blue), (rate, "learning_rate", orange),
                                    (panels[1], "positive", blue), (panels[1], "hardest_negative", orange)):
-            axis.plot([x["step"] for x in steps], [x[name] for x in steps], color=colour, label=name.replace("_", " "))
+            axis.plot([x["step"] for x in steps], [x[name] for x in steps], color=colour, label=name.replace("_", " "), linestyle="--" if axis is rate else "-")
         for metric in sorted({k for x in checks for k in x} - {"step", "epoch"}):
             panels[2].plot([x["step"] for x in checks], [x[metric] for x in checks], color=blue, marker="o", markersize=3, label=metric)
         top = max(x["learning_rate"] for x in steps)
