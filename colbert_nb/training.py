@@ -6,12 +6,13 @@
 __all__ = ['log', 'RUN_FILE', 'LOG_FILE', 'BEST', 'STATE', 'OWN_ARGUMENTS', 'NOT_SETTINGS', 'TOKENIZER_SETTINGS',
            'contrastive_loss', 'batch_columns', 'TokenCache', 'first_positions', 'check_triples', 'TripleCollator',
            'batch_scores', 'TrainingModule', 'Plan', 'plan_steps', 'ShuffledTriples', 'Engine', 'choose_engine',
-           'validation_pool', 'validate', 'checkpoints', 'read_log', 'write_whole', 'whole_folder', 'open_run', 'Flow',
-           'ColBERTTrainer', 'load_weights', 'fingerprint', 'training_arguments', 'check_settings', 'train_colbert',
-           'plot_log']
+           'validation_pool', 'validate', 'checkpoints', 'read_log', 'write_whole', 'whole_folder', 'check_output',
+           'open_run', 'Flow', 'ColBERTTrainer', 'load_weights', 'fingerprint', 'training_arguments', 'check_settings',
+           'train_colbert', 'check_training', 'plot_log']
 
-# %% ../nbs/07_training.ipynb #3a9b3f6f
+# %% ../nbs/07_training.ipynb #c51ae359
 import hashlib
+import inspect
 import json
 import logging
 import math
@@ -329,7 +330,7 @@ def validate(
     place = {p: i for i, p in enumerate(pool)}
     return evaluate(run, {q: {place[p]: 1 for p in row["positives"]} for q, row in enumerate(validation)}, (metric,))[metric]
 
-# %% ../nbs/07_training.ipynb #a5b1d235
+# %% ../nbs/07_training.ipynb #f0856e52
 RUN_FILE, LOG_FILE, BEST, STATE = "run.json", "log.jsonl", "best", "trainer_state"
 
 
@@ -366,6 +367,18 @@ def whole_folder(path: Path) -> Iterator[Path]:  # a name beside `path` for a fo
         shutil.rmtree(beside, ignore_errors=True)
 
 
+def check_output(run: Path, *, resume: bool = False, overwrite: bool = False) -> tuple[list[str], dict | None]:
+    "What a run's folder holds, and the description of the run in it. Raises ValueError where it must be left alone."
+    names = sorted(p.name for p in run.iterdir()) if run.is_dir() else []
+    if run.exists() and not run.is_dir() or names and RUN_FILE not in names:
+        raise ValueError(f"expected a new folder or an earlier run, got {str(run)!r}, which holds "
+                         f"{names[0] if names else 'a file'!r}; nothing was changed, take another output_dir")
+    if names and not (resume or overwrite):
+        raise ValueError(f"expected a new output_dir, got {str(run)!r}, which holds a run; pass resume=True to go on with it, "
+                         "overwrite=True to replace it, or take another name")
+    return names, json.loads((run / RUN_FILE).read_text(encoding="utf-8")) if names else None
+
+
 def open_run(
     run: Path,
     description: dict,  # what makes the run what it is
@@ -374,14 +387,7 @@ def open_run(
     overwrite: bool = False,
 ) -> Path | None:  # the checkpoint to go on from
     "A folder ready for a run. Raises ValueError for one that holds something else, or a run that nobody said what to do with."
-    names = sorted(p.name for p in run.iterdir()) if run.is_dir() else []
-    if run.exists() and not run.is_dir() or names and RUN_FILE not in names:
-        raise ValueError(f"expected a new folder or an earlier run, got {str(run)!r}, which holds "
-                         f"{names[0] if names else 'a file'!r}; nothing was changed, take another output_dir")
-    before = json.loads((run / RUN_FILE).read_text(encoding="utf-8")) if names else None
-    if before and not (resume or overwrite):
-        raise ValueError(f"expected a new output_dir, got {str(run)!r}, which holds a run; pass resume=True to go on with it, "
-                         "overwrite=True to replace it, or take another name")
+    names, before = check_output(run, resume=resume, overwrite=overwrite)
     if before and not overwrite:
         for part in ("settings", "data"):
             for name in sorted({*before.get(part, {}), *description[part]}):
@@ -665,6 +671,20 @@ def train_colbert(
     load_weights(model, run / BEST)
     log.info("the best of %s is step %d%s", run, best, f": {validation_metric} {trainer.state.best_metric:.3f}" if data.validation else "")
     return run / BEST
+
+# %% ../nbs/07_training.ipynb #96cde9cf
+def check_training(
+    n_triples: int,
+    output_dir: str | Path,
+    **options,  # those of `train_colbert`
+) -> None:
+    "What `train_colbert` would refuse and can be told before a model is loaded. Raises ValueError."
+    defaults = {name: p.default for name, p in inspect.signature(train_colbert).parameters.items() if p.default is not p.empty}
+    given = defaults | options
+    sizes = ("batch_size", "accumsteps", "epochs", "maxsteps", "warmup_steps", "use_ib_negatives")
+    plan_steps(n_triples, **{name: given[name] for name in sizes})
+    check_settings(**given)
+    check_output(Path(output_dir), resume=given["resume"], overwrite=given["overwrite"])
 
 # %% ../nbs/07_training.ipynb #b262e6e3
 def plot_log(

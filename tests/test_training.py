@@ -1,5 +1,6 @@
 """Training: what does not teach. Batches from random data, equal and resumed runs, refused input, what a run leaves behind."""
 
+import inspect
 import json
 import math
 import os
@@ -15,8 +16,8 @@ from transformers import BertConfig, BertModel, EarlyStoppingCallback, PreTraine
 
 from colbert_nb.data import TrainingData
 from colbert_nb.encoder import ColBERT
-from colbert_nb.training import (ShuffledTriples, TripleCollator, batch_columns, batch_scores, checkpoints, choose_engine,
-                                 contrastive_loss, plan_steps, read_log, train_colbert, validation_pool)
+from colbert_nb.training import (ShuffledTriples, TripleCollator, batch_columns, batch_scores, check_training, checkpoints,
+                                 choose_engine, contrastive_loss, plan_steps, read_log, train_colbert, validation_pool)
 
 WORDS = [f"word{i}" for i in range(60)]
 
@@ -305,6 +306,9 @@ def test_settings_that_cannot_be_meant(model, data, tmp_path, options, words):
     with pytest.raises(ValueError, match=words):
         train_colbert(model, data, tmp_path / "run", **OPTIONS | options)
     assert not (tmp_path / "run").exists()
+    if options.keys() <= set(inspect.signature(train_colbert).parameters) - {"validation_metric"}:
+        with pytest.raises(ValueError, match=words):
+            check_training(len(data.triples), tmp_path / "run", **OPTIONS | options)
 
 
 @pytest.mark.parametrize("triple", [[0, 1], [0, 1, 40], [0, -1, 2], [30, 1, 2], [0, 1, "2"], [0, 1, [2, 0.5]], [0, 1, True]])
@@ -361,6 +365,9 @@ def test_an_earlier_run_is_replaced_only_when_asked(encoder, data, tmp_path):
     (tmp_path / "run/results.json").write_text("{}")
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
     longer = OPTIONS | {"epochs": 3}
+    with pytest.raises(ValueError, match="overwrite=True"):
+        check_training(len(data.triples), tmp_path / "run", **OPTIONS)
+    check_training(len(data.triples), tmp_path / "run", **OPTIONS, resume=True)
     for options, words in ((longer, "overwrite=True"), (longer | {"resume": True}, "epochs=2 .* got 3")):
         with pytest.raises(ValueError, match=words):
             train_colbert(fresh(encoder), data, tmp_path / "run", **options)
