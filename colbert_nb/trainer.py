@@ -127,6 +127,7 @@ class RAGTrainer:
         self.queries: list[str] = []  # filled by prepare_training_data
         self.triples: list[list[int]] = []  # filled by prepare_training_data
         self.data_dir: Path | None = None  # set by prepare_training_data
+        self.miner: "HardNegativeMiner | None" = None  # set by prepare_training_data: what mined, and its embeddings
         self.model_path: Path | None = None  # set by train
 
     def add_documents(self, documents: Iterable[str | Mapping]) -> None:
@@ -146,7 +147,7 @@ class RAGTrainer:
         positive_label: int | str = 1,
         negative_label: int | str = 0,
         *,
-        hard_negative_model: str | os.PathLike | None = None,  # any sentence-transformers model instead of the table's
+        hard_negative_model: "str | os.PathLike | SentenceTransformer | None" = None,  # instead of the table's
         hard_negative_maximum_rank: int | None = None,  # None: 100 beyond the minimum
         validation_data: Iterable | None = None,  # rows as in raw_data; None: held out of raw_data
         validation_fraction: float = 0.1,  # share of the queries held out, at most 200 queries
@@ -156,17 +157,17 @@ class RAGTrainer:
         from colbert_nb.data import load_training_data, prepare
         from colbert_nb.mining import HardNegativeMiner, hard_negative_model_name
 
-        miner = None
+        self.miner = None
         if mine_hard_negatives and num_new_negatives > 0:
             model = hard_negative_model
             if model is None:
                 model = hard_negative_model_name(self.language_code, hard_negative_model_size)
             last = hard_negative_minimum_rank + 100 if hard_negative_maximum_rank is None else hard_negative_maximum_rank
-            miner = HardNegativeMiner(model, min_rank=hard_negative_minimum_rank, max_rank=last, seed=seed,
-                                      device=self.device)
+            self.miner = HardNegativeMiner(model, min_rank=hard_negative_minimum_rank, max_rank=last, seed=seed,
+                                           device=self.device)
         documents = self.collection + ([] if all_documents is None else clean_documents(all_documents, "all_documents"))
         self.data_dir = Path(prepare(
-            raw_data, data_out_path, all_documents=documents or None, miner=miner, num_new_negatives=num_new_negatives,
+            raw_data, data_out_path, all_documents=documents or None, miner=self.miner, num_new_negatives=num_new_negatives,
             pairs_with_labels=pairs_with_labels, positive_label=positive_label, negative_label=negative_label,
             validation_data=validation_data, validation_fraction=validation_fraction, seed=seed))
         data = load_training_data(self.data_dir)
