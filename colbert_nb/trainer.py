@@ -32,8 +32,7 @@ def choose_device(
     if n_usable_gpus == 0 or not found:
         return torch.device("cpu")
     if found > 1 and n_usable_gpus != 1:
-        log.warning("one process uses one GPU, the first of %d; to use several, run the same script with: "
-                    "torchrun --nproc-per-node %d", found, found if n_usable_gpus == -1 else n_usable_gpus)
+        log.warning("one process uses one GPU, the first of %d; this version does not train on several", found)
     return torch.device(kind, 0) if kind == "cuda" else torch.device(kind)
 
 # %% ../nbs/04_trainer.ipynb #e2fe36ac
@@ -204,25 +203,23 @@ class RAGTrainer:
         "Train on the prepared data. ValueError without data, and as in `colbert_nb.training.train_colbert`."
         from colbert_nb.data import load_training_data
         from colbert_nb.encoder import ColBERT
-        from colbert_nb.training import plan_steps, train_colbert
+        from colbert_nb.training import check_training, train_colbert
 
+        if use_relu:
+            log.warning("use_relu is stored in the checkpoint and, as in colbert-ai, has no effect")
         run = Path(output_dir) / self.model_name
-        if not (resume or overwrite) and run.exists() and (not run.is_dir() or any(run.iterdir())):
-            raise ValueError(f"expected a new run, and {run} is there; pass resume=True to go on with it, overwrite=True "
-                             "to replace it, or take another model_name or output_dir.")
-        plan_steps(10**9, batch_size=batch_size, accumsteps=accumsteps, epochs=epochs, maxsteps=maxsteps,
-                   warmup_steps=warmup_steps, use_ib_negatives=use_ib_negatives)
+        options = dict(batch_size=batch_size, maxsteps=maxsteps, epochs=epochs, use_ib_negatives=use_ib_negatives,
+                       learning_rate=learning_rate, warmup_steps=warmup_steps, accumsteps=accumsteps, resume=resume,
+                       overwrite=overwrite, seed=seed, keep=keep, **training_args)
         data = load_training_data(self._prepared())
+        check_training(len(data.triples), run, **options)
         model = ColBERT.from_pretrained(
             self.pretrained_model_name, dim=given(dim), init=init, sample=data.corpus, query_maxlen=given(query_maxlen),
             doc_maxlen=given(doc_maxlen), mask_punctuation=mask_punctuation, query_expansion=query_expansion,
             attend_to_mask_tokens=attend_to_mask_tokens, device=self.device, seed=seed)
         report_truncation(model.tokenizer, data.queries, data.corpus, seed=seed)
         model.config.configure(nbits=nbits, relu=use_relu, use_ib_negatives=use_ib_negatives)
-        self.model_path = train_colbert(
-            model, data, run, batch_size=batch_size, maxsteps=maxsteps, epochs=epochs,
-            use_ib_negatives=use_ib_negatives, learning_rate=learning_rate, warmup_steps=warmup_steps,
-            accumsteps=accumsteps, resume=resume, overwrite=overwrite, seed=seed, keep=keep, **training_args)
+        self.model_path = train_colbert(model, data, run, **options)
         return self.model_path
 
     def export_training_data(self, path: str | os.PathLike) -> Path:  # the new folder

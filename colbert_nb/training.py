@@ -552,6 +552,9 @@ def training_arguments(
         metric_for_best_model=metric, greater_is_better=True if metric else None, weight_decay=0.0,
         dataloader_pin_memory=engine.device.startswith("cuda"), dataloader_num_workers=0, remove_unused_columns=False,
         report_to="none", disable_tqdm=True) | own | given)
+    if args.world_size > 1:
+        raise ValueError(f"expected one process, got {args.world_size}: this version trains in one; start the script without "
+                         "torchrun or accelerate launch")
     args._n_gpu = min(args.n_gpu, 1)
     return args
 
@@ -711,4 +714,6 @@ def plot_log(
             axis.set(title=title, xlabel="step")
             lines = [*axis.lines, *(rate.lines if axis is panels[0] else ())]
             axis.legend(handles=lines) if lines else axis.set_visible(False)
+            axis.xaxis.get_major_locator().set_params(integer=True)
+    plt.close(figure)
     return figure

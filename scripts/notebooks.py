@@ -30,7 +30,8 @@ def execute(nb, folder: Path, timeout: int = 1800, on_cell=None) -> None:
     from nbclient import NotebookClient
 
     live = nbformat.from_dict({**nb, "cells": [c for c in nb.cells if "eval: false" not in directives(c)]})
-    client = NotebookClient(live, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
+    client = NotebookClient(live, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(folder)}},
+                            extra_arguments=["--log-level=ERROR"], log_level=logging.WARNING)
     if on_cell:
         client.on_cell_start = on_cell
     try:
@@ -120,7 +121,8 @@ def write_readme(check: bool) -> int:
 
 
 def main() -> int:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    log.setLevel(logging.INFO)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("run", help="execute notebooks and store their outputs")
