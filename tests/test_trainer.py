@@ -195,7 +195,7 @@ def test_train_wants_data_and_a_free_name(prepared, tiny, tmp_path, monkeypatch)
         RAGTrainer("run", tiny).train(output_dir=tmp_path / "runs")
     (tmp_path / "runs/run").mkdir(parents=True)
     (tmp_path / "runs/run/mine.txt").write_text("mine")
-    with pytest.raises(ValueError, match="resume=True"):
+    with pytest.raises(ValueError, match="mine.txt"):
         prepared.train(output_dir=tmp_path / "runs")
     assert (tmp_path / "runs/run/mine.txt").read_text() == "mine"
     prepared.data_dir = tmp_path / "gone"
