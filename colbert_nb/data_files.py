@@ -6,17 +6,23 @@
 __all__ = ['QUERIES', 'CORPUS', 'TRIPLES', 'QRELS', 'VALIDATION', 'MANIFEST', 'FORMAT', 'shown', 'clean_text', 'check_folder',
            'export_training_data', 'TrainingData', 'load_training_data']
 
-# %% ../nbs/05_data_files.ipynb #206a4286
+# %% ../nbs/05_data_files.ipynb #027d504e
 import hashlib
 import json
 import re
 import reprlib
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .data_arrays import Positives, TextFile
+from .data_triples import as_scores, as_triples, read_numbers, read_triples
 
 if TYPE_CHECKING: from colbert_nb.data import Examples
 
@@ -67,7 +73,7 @@ def check_folder(
                          f"{foreign[0]!r}. Nothing was changed. Choose another data_out_path.")
     return path
 
-# %% ../nbs/05_data_files.ipynb #9de8c00f
+# %% ../nbs/05_data_files.ipynb #091f8be8
 def _write(path: Path, lines: Iterable[str]) -> str:
     "Write UTF-8 lines that end in one `\\n`, whatever the system; return the SHA-256."
     digest = hashlib.sha256()
@@ -75,38 +81,50 @@ def _write(path: Path, lines: Iterable[str]) -> str:
         for data in (f"{line}\n".encode() for line in lines): digest.update(data); file.write(data)
     return digest.hexdigest()
 
-def _write_all(folder: Path, examples: "Examples", triples: list, validation: list[dict], settings: dict) -> None:
+def _triple_lines(triples: np.ndarray, scores: np.ndarray | None) -> Iterator[str]:
+    "A line a triple, with its teacher's scores where there are any."
+    for start in range(0, len(triples), 4096):
+        rows = triples[start:start + 4096].tolist()
+        given = [None] * len(rows) if scores is None else scores[start:start + 4096].tolist()
+        for (query, *passages), values in zip(rows, given):
+            passages = [p for p in passages if p >= 0]
+            yield json.dumps([query, *(passages if values is None else map(list, zip(passages, values)))])
+
+def _write_all(folder: Path, examples: "Examples", triples: np.ndarray, scores: np.ndarray | None, validation: list[dict],
+               settings: dict) -> None:
     numbered = lambda texts: (f"{i}\t{text}" for i, text in enumerate(texts))
     dump = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-    files = {QUERIES: numbered(examples.queries), CORPUS: numbered(examples.corpus), TRIPLES: map(dump, triples),
+    files = {QUERIES: numbered(examples.queries), CORPUS: numbered(examples.corpus), TRIPLES: _triple_lines(triples, scores),
              QRELS: (f"{q}\t0\t{p}\t1" for q, ps in examples.positives.items() for p in ps), VALIDATION: map(dump, validation)}
     counts = {"queries": len(examples.queries), "passages": len(examples.corpus), "triples": len(triples),
               "validation_queries": len(validation)}
     hashes = {name: _write(folder / name, lines) for name, lines in files.items()}
     _write(folder / MANIFEST, [dump({**FORMAT, "counts": counts, "settings": settings, "files": hashes}, indent=1)])
 
-# %% ../nbs/05_data_files.ipynb #4ca040cb
+# %% ../nbs/05_data_files.ipynb #22e8a1aa
 def export_training_data(
     folder: str | Path,                      # new, empty, or written by this function before
     examples: "Examples",
-    triples: Iterable[tuple[int, ...]],      # of `make_triples`
+    triples: Iterable[Sequence[int]],        # of `make_triples`: [query, positive, negative, ...]
     *,
+    scores: Iterable[Sequence[float]] | None = None,  # a teacher's, of each triple's passages
     validation: list[dict] | None = None,    # of `validation_rows`
     settings: dict | None = None,            # what made the data, for the manifest: no paths, no times
 ) -> Path:
     "Write colbert-ai's three files, qrels, validation rows and a manifest, whole or not at all. Raises `ValueError`."
-    triples = list(triples)
-    if not triples: raise ValueError("triples: expected one at least, got none. Give more rows, passages or negatives.")
+    triples = as_triples(triples)
+    if not len(triples): raise ValueError("triples: expected one at least, got none. Give more rows, passages or negatives.")
     for name, texts in ("query", examples.queries), ("passage", examples.corpus):
         if bad := [i for i, text in enumerate(texts) if clean_text(text, f"{name} {i}") != text]:
             raise ValueError(f"{name} {bad[0]}: expected one stripped line, got {texts[bad[0]]!r}. Apply clean_text first.")
+    scores = None if scores is None else as_scores(scores, triples)
     target = check_folder(folder).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     new, old = work / "new", work / "old"
     try:
         new.mkdir()
-        _write_all(new, examples, triples, validation or [], settings or {})
+        _write_all(new, examples, triples, scores, validation or [], settings or {})
         if target.exists(): target.rename(old)
         new.rename(target)
     finally:
@@ -114,53 +132,54 @@ def export_training_data(
         shutil.rmtree(work, ignore_errors=True)
     return Path(folder)
 
-# %% ../nbs/05_data_files.ipynb #ae194750
-@dataclass
+# %% ../nbs/05_data_files.ipynb #79fce9e6
+@dataclass(frozen=True, eq=False)
 class TrainingData:
-    "What a folder of training data holds; ids are positions."
-    queries: list[str]
-    corpus: list[str]
-    triples: list[list[int]]         # [query, positive, negative, ...]
-    positives: dict[int, list[int]]  # every known positive of a query, in triples or not
-    validation: list[dict]           # {"query": text, "positives": [...], "candidates": [...]}
+    "What a folder of training data holds; ids are positions. Lists and dicts become arrays. Raises `ValueError` for rows that are none."
+    queries: Sequence[str]  # a list, or a `TextFile`
+    corpus: Sequence[str]
+    triples: np.ndarray     # int32 (n, 1 + nway): [query, positive, negative, ...], -1 where a row is shorter
+    positives: Positives    # every known positive of a query, in triples or not
+    validation: list[dict]  # {"query": text, "positives": [...], "candidates": [...]}
+    scores: np.ndarray | None = None  # float32 (n, nway): a teacher's, beside triples[:, 1:]; NaN where there is no passage
+    files: tuple | None = field(default=None, init=False)  # (name, SHA-256) of the files that it was loaded from
+
+    def __post_init__(self):
+        become = partial(object.__setattr__, self)
+        become("triples", as_triples(self.triples))
+        become("positives", Positives.of(self.positives, len(self.queries)))
+        if self.scores is not None: become("scores", as_scores(self.scores, self.triples))
+
+    @property
+    def nway(self) -> int: return self.triples.shape[1] - 1
+
+    def fingerprint(self) -> str:
+        "A SHA-256 of all that is trained and validated on: of the files, where it was loaded from a folder."
+        if self.files: return hashlib.sha256(json.dumps(self.files).encode()).hexdigest()
+        digest = hashlib.sha256()
+        for texts in (self.queries, self.corpus):
+            for text in texts: digest.update(text.encode("utf-8", "surrogatepass") + b"\n")
+        for array in (self.triples, *self.positives.pairs(), *([] if self.scores is None else [self.scores])):
+            digest.update(repr(array.shape).encode())
+            digest.update(np.ascontiguousarray(array))
+        digest.update(json.dumps(self.validation).encode())
+        return digest.hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TrainingData): return NotImplemented
+        none = np.zeros(0)
+        return (self.queries == other.queries and self.corpus == other.corpus and np.array_equal(self.triples, other.triples)
+                and self.positives == other.positives and self.validation == other.validation
+                and (self.scores is None) == (other.scores is None)
+                and np.array_equal(none if self.scores is None else self.scores, none if other.scores is None else other.scores, equal_nan=True))
 
     def __repr__(self) -> str:
         return (f"TrainingData({len(self.queries)} queries, {len(self.corpus)} passages, {len(self.triples)} triples, "
                 f"{len(self.validation)} validation queries)")
 
-# %% ../nbs/05_data_files.ipynb #ebf0bc4c
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    "(place, line); lines end in `\\n` alone, so U+2028 and the like stay inside a line."
-    try:
-        with open(path, encoding="utf-8", newline="\n") as file:
-            for number, line in enumerate(file, 1): yield f"{path.name} line {number}", line.rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path.name}: expected UTF-8, got {error}. Write the file again as UTF-8.") from None
-
-def _table(path: Path) -> dict[int, str]:
-    "id -> text; a third column is a title, put in front as colbert-ai does."
-    table = {}
-    for where, line in _lines(path):
-        number, *texts = line.split("\t")
-        if not number.isdecimal() or not texts or int(number) in table:
-            raise ValueError(f"{where}: expected a new whole number, a tab and a text, got {line!r}. Correct the line.")
-        table[int(number)] = " | ".join(texts[1::-1])
-    return table
-
-def _triples(path: Path, positions: dict[int, int], total: int) -> Iterator[list[int]]:
-    for where, line in _lines(path):
-        try:
-            query, *passages = json.loads(line)
-            fits = query in positions and len(passages) > 1 and all(type(p) is int and 0 <= p < total for p in passages)
-        except (ValueError, TypeError): fits = False
-        if not fits:
-            raise ValueError(f"{where}: expected [query, positive, negative, ...], ids of the other two files, got {line!r}. "
-                             "Correct the line.")
-        yield [positions[query], *passages]
-
-# %% ../nbs/05_data_files.ipynb #07681923
-def _verify(folder: Path) -> bool:
-    "Whether the folder has a manifest; a file that is missing or not the one that it names is a `ValueError`."
+# %% ../nbs/05_data_files.ipynb #a04e6118
+def _verify(folder: Path) -> dict[str, str]:
+    "SHA-256 of each file; one that is missing, or not the one that the manifest names, is a `ValueError`."
     manifest = _manifest(folder)
     if manifest is None and (folder / MANIFEST).exists() or manifest and manifest.get("version") != FORMAT["version"]:
         raise ValueError(f"{folder}: expected a {MANIFEST} of version {FORMAT['version']}, got one that cannot be read. "
@@ -169,25 +188,26 @@ def _verify(folder: Path) -> bool:
     for name, wanted in files.items():
         if not (folder / name).is_file():
             raise ValueError(f"{folder}: expected the file {name}, which is not there. Prepare the data again.")
-        with open(folder / name, "rb") as file:
-            if wanted and hashlib.file_digest(file, "sha256").hexdigest() != wanted:
-                raise ValueError(f"{folder}: expected {name} as it was written, got other content (the SHA-256 in {MANIFEST} "
-                                 "differs). Prepare the data again.")
-    return manifest is not None
+        with open(folder / name, "rb") as file: files[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        if wanted and files[name] != wanted:
+            raise ValueError(f"{folder}: expected {name} as it was written, got other content (the SHA-256 in {MANIFEST} "
+                             "differs). Prepare the data again.")
+    return files
 
-# %% ../nbs/05_data_files.ipynb #9bf1ce37
+# %% ../nbs/05_data_files.ipynb #11df6709
 def load_training_data(
     folder: str | Path,  # of `export_training_data`; colbert-ai's three files alone will do
 ) -> TrainingData:
     "Read training data. Raises `ValueError` where a file is missing, changed or malformed."
     folder = Path(folder)
-    complete, positives = _verify(folder), {}
-    queries, corpus = _table(folder / QUERIES), _table(folder / CORPUS)
-    if list(corpus) != list(range(len(corpus))):
+    files, queries, corpus = _verify(folder), TextFile(folder / QUERIES), TextFile(folder / CORPUS)
+    if corpus.numbers is not None:
         raise ValueError(f"{CORPUS}: expected the ids 0, 1, 2, ... in order, got others. Number the passages by line.")
-    triples = list(_triples(folder / TRIPLES, {number: i for i, number in enumerate(queries)}, len(corpus)))
-    known = (map(int, line.split("\t")[::2]) for _, line in _lines(folder / QRELS)) if complete else (t[:2] for t in triples)
-    for query, passage in known: positives.setdefault(query, {})[passage] = None
-    validation = [json.loads(line) for _, line in _lines(folder / VALIDATION)] if complete else []
-    return TrainingData(list(queries.values()), list(corpus.values()), triples,
-                        {query: list(passages) for query, passages in positives.items()}, validation)
+    triples, scores = read_triples(folder / TRIPLES, queries, len(corpus))
+    known = read_numbers(folder / QRELS, 4)[:, ::2] if QRELS in files else triples[:, :2]
+    positives = Positives.from_pairs(known[:, 0], known[:, 1], len(queries))
+    lines = (folder / VALIDATION).read_bytes().split(b"\n")[:-1] if VALIDATION in files else []
+    data = TrainingData(queries, corpus, triples, positives, [json.loads(line) for line in lines], scores)
+    triples.flags.writeable = False
+    object.__setattr__(data, "files", tuple(sorted(files.items())))
+    return data

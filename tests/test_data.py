@@ -90,7 +90,7 @@ def test_any_text_reads_back_here_and_in_colbert_ai(rows, documents):
         queries, corpus, theirs, qrels = colbert_reads(folder)
     assert data.queries == queries == examples.queries
     assert data.corpus == corpus == examples.corpus
-    assert data.triples == theirs == [list(t) for t in triples]
+    assert data.triples.tolist() == theirs == [list(t) for t in triples]
     assert data.positives == examples.positives
     assert {q: set(p) for q, p in qrels.items()} == {q: set(p) for q, p in examples.positives.items()}
     assert [row["query"] for row in data.validation] == examples.queries
@@ -312,7 +312,7 @@ def test_at_most_twenty_triples_a_query_and_all_positives_stay_known(tmp_path):
     prepare(rows, tmp_path / "data", validation_fraction=0)
     data = load_training_data(tmp_path / "data")
     assert Counter(t[0] for t in data.triples)[0] == 20
-    assert data.positives[0] == list(range(50))
+    assert data.positives[0].tolist() == list(range(50))
 
 
 def test_a_query_that_everything_answers_is_reported(caplog):
@@ -373,7 +373,7 @@ def test_the_miner_is_asked_once_for_all_queries(tmp_path):
     miner = Miner(found=[0, 2, 4])
     data = load_training_data(prepare(rows, tmp_path / "data", miner=miner, num_new_negatives=3))
     (queries, corpus, known, n), = miner.calls
-    assert queries == data.queries + [row["query"] for row in data.validation] and corpus == data.corpus and n == 3
+    assert queries == list(data.queries) + [row["query"] for row in data.validation] and corpus == data.corpus and n == 3
     assert all(corpus[p].split()[1] == queries[q].split()[1] for q, ps in known.items() for p in ps)
     assert all(len(ps) == 2 for ps in known.values()) and len(known) == 10
     negatives = {(q, n) for q, _, n in data.triples}
@@ -559,7 +559,9 @@ BAD_FILES = {
     "triple of an unknown query": ({"triples": b"[1, 0, 1]\n"}, "line 1"),
     "triple below zero": ({"triples": b"[0, 0, -1]\n"}, "line 1"),
     "triple without a negative": ({"triples": b"[0, 0]\n"}, "line 1"),
-    "triple with scores": ({"triples": b"[0, [0, 1.5], [1, 0.5]]\n"}, "line 1"),
+    "scores in one triple alone": ({"triples": b"[0, 0, 1]\n[0, [0, 1.5], [1, 0.5]]\n"}, "line 2"),
+    "score that is no number": ({"triples": b"[0, [0, 1.5], [1, NaN]]\n"}, "line 1"),
+    "score beyond float32": ({"triples": b"[0, [0, 1.5], [1, 0.5]]\n[0, [0, 1.5], [1, 1e39]]\n"}, "line 2"),
     "triple cut short": ({"triples": b"[0, 0, 1]\n[0, 0"}, "line 2"),
     "no json": ({"triples": b"0 0 1\n"}, "line 1"),
     "a number alone": ({"triples": b"5\n"}, "line 1"),
