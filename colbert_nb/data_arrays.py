@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['BLOCK', 'blocks', 'line_bounds', 'contents', 'TextFile', 'Positives', 'first_positions']
 
-# %% ../nbs/05_data_arrays.ipynb #17180502
+# %% ../nbs/05_data_arrays.ipynb #82546a4e
 import hashlib
 import mmap
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -107,7 +108,7 @@ class TextFile(Sequence):
         if len(self.data) != self.starts[-1]:
             raise ValueError(f"{self.path}: expected the {self.starts[-1]} bytes that were read first, got {len(self.data)}. Load the data again.")
 
-# %% ../nbs/05_data_arrays.ipynb #94c9ca34
+# %% ../nbs/05_data_arrays.ipynb #76dbd5b0
 class Positives(Mapping):
     "Query -> its known positives, a sorted array: `passages[starts[q]:starts[q + 1]]`. A query without any is no key."
 
@@ -163,15 +164,22 @@ class Positives(Mapping):
         "Two arrays, the queries and the passages of all pairs, in order."
         return np.repeat(np.arange(len(self.starts) - 1, dtype=np.int32), np.diff(self.starts)), self.passages
 
-    def holds(self, queries: np.ndarray, passages: np.ndarray) -> np.ndarray:  # arrays of one shape; bool of that shape
-        "Which of the pairs are known, all looked up at once; numbers that do not occur are not."
-        if not len(self.passages): return np.zeros(queries.shape, bool)
-        width = max(int(self.passages.max()), int(passages.max(initial=0))) + 2
-        known, sought = self.pairs()[0].astype(np.int64) * width + self.passages, (queries.astype(np.int64) * width + passages).ravel()
-        order = np.argsort(sought)
-        place = np.searchsorted(known, sought[order])
-        found = np.empty(len(sought), bool)
-        found[order] = known[np.minimum(place, len(known) - 1)] == sought[order]
+    @cached_property
+    def keys_of_pairs(self) -> np.ndarray:
+        "Every pair as one number, in order, and a last one that no pair has."
+        queries, passages = self.pairs()
+        return np.append(queries.astype(np.int64) * self.width + passages, np.iinfo(np.int64).max)
+
+    @cached_property
+    def width(self) -> int: return int(self.passages.max(initial=0)) + 2
+
+    def holds(self, queries: np.ndarray, passages: np.ndarray) -> np.ndarray:  # of shapes that fit together; bool
+        "Which of the pairs are known, all looked up at once; numbers below 0 and others that do not occur are not."
+        queries, passages = np.broadcast_arrays(queries, passages)
+        rest = np.where((passages < 0) | (passages >= self.width), self.width - 1, passages)  # no passage has this number
+        sought = (queries.astype(np.int64) * self.width + rest).ravel()
+        order, found = np.argsort(sought), np.empty(len(sought), bool)  # sorted, they are found many times faster
+        found[order] = self.keys_of_pairs[np.searchsorted(self.keys_of_pairs, sought[order])] == sought[order]
         return found.reshape(queries.shape)
 
 # %% ../nbs/05_data_arrays.ipynb #99f14705

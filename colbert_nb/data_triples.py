@@ -153,7 +153,7 @@ def known_positives(
     return Positives.from_pairs(np.concatenate([first_query[queries], first_query[data.triples[:, 0]]]),
                                 np.concatenate([first_passage[passages], first_passage[data.triples[:, 1]]]), len(first_query))
 
-# %% ../nbs/05_data_triples.ipynb #b0deb619
+# %% ../nbs/05_data_triples.ipynb #d8c238aa
 def check_triples(data: "TrainingData") -> None:
     "Raises `ValueError` for a triple that is not [query, positive, negative, ...] in positions."
     for part in _slices(len(data.triples)):
@@ -185,7 +185,7 @@ def check_negatives(
     "Raises `ValueError` for a triple whose negative is a known positive of its query, by number or by text."
     for part in _slices(len(data.triples)):
         queries, negatives = data.triples[part, :1], data.triples[part, 2:]
-        bad = known.holds(np.broadcast_to(first_query[queries], negatives.shape), first_passage[negatives]) & (negatives >= 0)
+        bad = known.holds(first_query[queries], np.where(negatives < 0, -1, first_passage[negatives]))
         if bad.any():
             row, column = divmod(int(np.flatnonzero(bad)[0]), negatives.shape[1])
             query, passage = int(queries[row, 0]), int(negatives[row, column])
