@@ -5,13 +5,17 @@
 # %% auto #0
 __all__ = ['TokenBatch', 'ColBERTTokenizer', 'TokenStrip', 'show_tokens', 'token_lengths', 'truncated_share']
 
-# %% ../nbs/01_tokenization.ipynb #4f815e11
+# %% ../nbs/01_tokenization.ipynb #1dff62e8
+import math
 import string
 from collections.abc import Sequence
 from html import escape
+from itertools import chain
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 # %% ../nbs/01_tokenization.ipynb #c8ab8467
 class TokenBatch(NamedTuple):
@@ -24,12 +28,13 @@ class TokenBatch(NamedTuple):
         "The same batch on another device."
         return TokenBatch(*(t.to(device) for t in self))
 
-# %% ../nbs/01_tokenization.ipynb #94906b46
+# %% ../nbs/01_tokenization.ipynb #074c1230
 class ColBERTTokenizer:
     """Queries and documents to token ids as ColBERT wants them (Khattab and Zaharia, 2020, section 3.2).
 
     Ids and masks are those of colbert-ai's `QueryTokenizer.tensorize` and `DocTokenizer.tensorize`. Raises `ValueError` for
-    lengths below 4, for markers that the vocabulary lacks, and for a missing mask or padding token."""
+    lengths below 4, for markers that the vocabulary lacks, for a missing mask or padding token, and for punctuation that is to be
+    skipped and to be scored. With `skip_punctuation_before_encoding`, documents are those of Vespa's `ColBertEmbedder`."""
     def __init__(self,
                  tokenizer,                      # a fast tokenizer of transformers
                  *,
@@ -40,6 +45,7 @@ class ColBERTTokenizer:
                  mask_punctuation: bool = True,      # leave the vectors of a document's punctuation out of the score
                  attend_to_mask_tokens: bool = False,# let the encoder look at the masks of the expansion
                  query_expansion: bool = True,       # fill queries with masks up to query_maxlen
+                 skip_punctuation_before_encoding: bool = False,  # the encoder does not see a document's punctuation at all
                  ):
         for name, length in (("query_maxlen", query_maxlen), ("doc_maxlen", doc_maxlen)):
             if isinstance(length, bool) or not isinstance(length, int) or length < 4:
@@ -53,13 +59,17 @@ class ColBERTTokenizer:
         if query_expansion and tokenizer.mask_token_id is None:
             raise ValueError("query_expansion fills queries with the mask token, and this tokenizer has none: "
                              "pass query_expansion=False")
+        if skip_punctuation_before_encoding and not mask_punctuation:
+            raise ValueError("expected mask_punctuation=True with skip_punctuation_before_encoding=True, got False: a token that "
+                             "the encoder does not see has no vector; leave one of the two at its default")
         self.tokenizer, self.query_maxlen, self.doc_maxlen = tokenizer, query_maxlen, doc_maxlen
         self.query_token_id, self.doc_token_id = query_token_id, doc_token_id
         self.mask_punctuation, self.attend_to_mask_tokens = mask_punctuation, attend_to_mask_tokens
-        self.query_expansion = query_expansion
+        self.query_expansion, self.skip_punctuation_before_encoding = query_expansion, skip_punctuation_before_encoding
         self.query_marker_id, self.doc_marker_id = self._id(query_token_id), self._id(doc_token_id)
         symbols = tokenizer(list(string.punctuation), add_special_tokens=False)["input_ids"] if mask_punctuation else []
-        self.skiplist = torch.tensor(sorted({ids[0] for ids in symbols if ids}), dtype=torch.int64)
+        pieces = [ids if skip_punctuation_before_encoding else ids[:1] for ids in symbols]
+        self.skiplist = torch.tensor(sorted(set(chain.from_iterable(pieces))), dtype=torch.int64)
 
     def _id(self, token: str) -> int:
         "Vocabulary id of a marker."
@@ -74,10 +84,22 @@ class ColBERTTokenizer:
         _check_texts(texts)
         out = self.tokenizer(list(texts), padding=padding, truncation=True, max_length=maxlen - 1, padding_side="right",
                              return_tensors="pt", return_token_type_ids=False)
-        ids, attention = out["input_ids"], out["attention_mask"]
-        marker = ids.new_full((len(ids), 1), marker_id)
-        return (torch.cat([ids[:, :1], marker, ids[:, 1:]], 1),                          # (batch, tokens)
-                torch.cat([attention[:, :1], torch.ones_like(marker), attention[:, 1:]], 1))
+        return _second(out["input_ids"], marker_id), _second(out["attention_mask"], 1)   # (batch, tokens)
+
+    def _unskipped(self, texts: Sequence[str], maxlen: float = math.inf) -> tuple[torch.Tensor, torch.Tensor]:
+        "Ids of all texts in one row, without the skiplist's and cut to maxlen each; and how many each text has."
+        _check_texts(texts)
+        out = self.tokenizer(list(texts), padding=False, truncation=False, return_attention_mask=False,
+                             return_token_type_ids=False, return_special_tokens_mask=True, verbose=False)
+        sizes = torch.tensor([len(ids) for ids in out["input_ids"]])
+        ids, special = (torch.tensor([*chain.from_iterable(out[key])], dtype=torch.int64)
+                        for key in ("input_ids", "special_tokens_mask"))                 # (tokens of all texts,)
+        word = (special == 0) & ~torch.isin(ids, self.skiplist)
+        text = torch.arange(len(sizes)).repeat_interleave(sizes)                         # which text a token is of
+        words = F.pad(word.cumsum(0), (1, 0))                                            # how many come before a token
+        place = words[1:] - words[sizes.cumsum(0) - sizes][text]                         # 1, 2, 3, ... in each text
+        kept = (special == 1) | word & (place <= maxlen - 1 - self.tokenizer.num_special_tokens_to_add())
+        return ids[kept], torch.bincount(text[kept], minlength=len(sizes))
 
     def queries(self, texts: Sequence[str]) -> TokenBatch:
         "Tokens of queries. Raises `ValueError` for anything but a list of strings."
@@ -91,9 +113,19 @@ class ColBERTTokenizer:
 
     def documents(self, texts: Sequence[str]) -> TokenBatch:
         "Tokens of documents, as wide as the longest. Raises `ValueError` for anything but a list of strings."
+        if self.skip_punctuation_before_encoding:
+            ids, sizes = self._unskipped(texts, self.doc_maxlen)
+            ids = pad_sequence(ids.split(sizes.tolist()), batch_first=True, padding_value=self.tokenizer.pad_token_id)
+            ids = _second(ids, self.doc_marker_id)                                       # (batch, tokens)
+            attention = (torch.arange(ids.shape[1]) <= sizes[:, None]).long()
+            return TokenBatch(ids, attention, attention.bool())
         ids, attention = self._encode(texts, self.doc_marker_id, self.doc_maxlen, "longest")
         keep = attention.bool() & (ids != self.tokenizer.pad_token_id) & ~torch.isin(ids, self.skiplist)
         return TokenBatch(ids, attention, keep)
+
+def _second(rows: torch.Tensor, value: int) -> torch.Tensor:
+    "The rows with a value in second place."
+    return torch.cat([rows[:, :1], rows.new_full((len(rows), 1), value), rows[:, 1:]], 1)
 
 def _check_texts(texts: Sequence[str]) -> None:
     "Refuse what is not a list of strings that can be written as UTF-8."
@@ -107,7 +139,7 @@ def _check_texts(texts: Sequence[str]) -> None:
             raise ValueError(f"row {row}: expected text that can be written as UTF-8, got a lone surrogate in {text!r:.80}: "
                              "read the text again with its true encoding") from error
 
-# %% ../nbs/01_tokenization.ipynb #aeff41fd
+# %% ../nbs/01_tokenization.ipynb #6d21e356
 class TokenStrip:
     "Tokens of one text with what happens to each; drawn in a notebook, plain text elsewhere."
     def __init__(self,
@@ -127,22 +159,29 @@ class TokenStrip:
                  f"{escape(t)}</span>" for t, a, k, s in zip(self.tokens, self.attended, self.kept, self.special)]
         return f"<div>{''.join(cells)}</div>"
 
+def _check_kind(kind: str) -> None:
+    "Refuse a kind of text that is neither."
+    if kind not in ("query", "document"): raise ValueError(f"kind: expected 'query' or 'document', got {kind!r}")
+
 def show_tokens(tokenizer: ColBERTTokenizer,
                 text: str,              # one text
                 kind: str = "query",    # "query" or "document"
                ) -> TokenStrip:
     "The tokens of one text, and what happens to each. Raises `ValueError` for another kind and for what is not text."
-    if kind not in ("query", "document"): raise ValueError(f"kind: expected 'query' or 'document', got {kind!r}")
+    _check_kind(kind)
     batch = tokenizer.queries([text]) if kind == "query" else tokenizer.documents([text])
     ids, attended, kept = (t[0].tolist() for t in batch)
     special = {tokenizer.query_marker_id, tokenizer.doc_marker_id, *tokenizer.tokenizer.all_special_ids}
     return TokenStrip(tokenizer.tokenizer.convert_ids_to_tokens(ids), list(map(bool, attended)), kept, [i in special for i in ids])
 
-# %% ../nbs/01_tokenization.ipynb #db41d92f
+# %% ../nbs/01_tokenization.ipynb #3e508e1c
 def token_lengths(tokenizer: ColBERTTokenizer,
                   texts: Sequence[str],         # queries or documents: both get three special tokens
+                  kind: str = "query",          # "query" or "document", whose punctuation may be skipped
                  ) -> torch.Tensor:             # (texts,) int64
-    "Tokens that each text has before anything is cut or filled up. Raises `ValueError` for what is not text."
+    "Tokens that each text has before it is cut or filled up. Raises `ValueError` for what is not text, and another kind."
+    _check_kind(kind)
+    if kind == "document" and tokenizer.skip_punctuation_before_encoding: return tokenizer._unskipped(texts)[1] + 1
     _check_texts(texts)
     out = tokenizer.tokenizer(list(texts), padding=False, truncation=False, return_attention_mask=False, verbose=False)
     return torch.tensor([len(ids) + 1 for ids in out["input_ids"]])
@@ -152,6 +191,6 @@ def truncated_share(tokenizer: ColBERTTokenizer,
                     documents: Sequence[str] = (),  # all of them, or a sample
                    ) -> dict[str, float]:           # part -> share of its texts, 0 to 1
     "Share of the queries that `query_maxlen` cuts, and of the documents that `doc_maxlen` cuts. Raises `ValueError` for what is not text."
-    parts = {"queries": (queries, tokenizer.query_maxlen), "documents": (documents, tokenizer.doc_maxlen)}
-    return {part: (token_lengths(tokenizer, texts) > maxlen).float().mean().item()
-            for part, (texts, maxlen) in parts.items() if len(texts)}
+    parts = {"queries": (queries, "query", tokenizer.query_maxlen), "documents": (documents, "document", tokenizer.doc_maxlen)}
+    return {part: (token_lengths(tokenizer, texts, kind) > maxlen).float().mean().item()
+            for part, (texts, kind, maxlen) in parts.items() if len(texts)}

@@ -60,6 +60,49 @@ def test_same_as_colbert_ai_for_any_text(reference, batch, query_maxlen, doc_max
     assert found.keep.tolist() == [[i not in skip and i != bert.pad_token_id for i in row] for row in theirs[0].tolist()]
 
 
+def slow_document(tokenizer, text, maxlen):
+    """What Vespa's `ColBertEmbedder` hands its model, one id at a time: no punctuation, then the limit, then what stands around."""
+    skipped = {i for symbol in string.punctuation for i in tokenizer.encode(symbol, add_special_tokens=False)}
+    words = []
+    for i in tokenizer.encode(text, add_special_tokens=False, verbose=False):
+        if i not in skipped and len(words) < maxlen - 3:
+            words.append(i)
+    return [tokenizer.cls_token_id, tokenizer.convert_tokens_to_ids("[unused1]"), *words, tokenizer.sep_token_id]
+
+
+@given(texts, st.sampled_from([4, 5, 12, 180]))
+@example(["[PAD] a, [SEP] b!", "", "...", "a" * 300 + ", " * 300 + "b"], 12)
+@settings(max_examples=150, deadline=None)
+def test_skipped_punctuation_is_that_of_a_loop(batch, maxlen):
+    found = ColBERTTokenizer(bert, doc_maxlen=maxlen, skip_punctuation_before_encoding=True).documents(batch)
+    rows = [slow_document(bert, text, maxlen) for text in batch]
+    width = max(map(len, rows))
+    assert found.input_ids.tolist() == [row + [bert.pad_token_id] * (width - len(row)) for row in rows]
+    assert found.attention_mask.tolist() == [[1] * len(row) + [0] * (width - len(row)) for row in rows]
+    assert torch.equal(found.keep, found.attention_mask.bool())
+    assert found.input_ids.dtype == found.attention_mask.dtype == torch.int64 and found.keep.dtype == torch.bool
+
+
+def test_queries_keep_their_punctuation_when_documents_lose_it():
+    batch = ["is it so?", "a, b"]
+    plain, skipping = ColBERTTokenizer(bert), ColBERTTokenizer(bert, skip_punctuation_before_encoding=True)
+    for found, expected in zip(skipping.queries(batch), plain.queries(batch)):
+        assert torch.equal(found, expected)
+
+
+def test_vespas_own_examples():
+    """The ids of `ColBertEmbedderTest.testInputTensorsWordPiece`."""
+    tokenizer = ColBERTTokenizer(bert, query_maxlen=10, doc_maxlen=10, skip_punctuation_before_encoding=True)
+    assert tokenizer.queries(["this is a query !"]).input_ids.tolist() == [[101, 1, 2023, 2003, 1037, 23032, 999, 102, 103, 103]]
+    assert tokenizer.documents(["this is a query !"]).input_ids.tolist() == [[101, 2, 2023, 2003, 1037, 23032, 102]]
+
+
+def test_one_very_long_text_does_not_widen_the_others():
+    tokenizer = ColBERTTokenizer(bert, doc_maxlen=8, skip_punctuation_before_encoding=True)
+    found = tokenizer.documents(["word, " * 100_000, *["x"] * 500])
+    assert found.input_ids.shape == (501, 8) and found.attention_mask.sum(1).tolist() == [8] + [4] * 500
+
+
 @given(texts, st.integers(4, 40))
 @settings(max_examples=100, deadline=None)
 def test_shape_and_marker(batch, maxlen):
@@ -94,6 +137,16 @@ def test_lengths_say_what_is_cut(batch):
     share = (lengths > 12).float().mean().item()
     assert truncated_share(cut, batch, batch) == {"queries": share, "documents": share}
     assert truncated_share(cut, documents=batch) == {"documents": share}
+
+
+@given(texts)
+@settings(max_examples=60, deadline=None)
+def test_lengths_without_skipped_punctuation(batch):
+    lengths = [len(slow_document(bert, text, 10**6)) for text in batch]
+    tokenizer = ColBERTTokenizer(bert, query_maxlen=12, doc_maxlen=12, skip_punctuation_before_encoding=True)
+    assert token_lengths(tokenizer, batch, "document").tolist() == lengths
+    assert torch.equal(token_lengths(tokenizer, batch), token_lengths(ColBERTTokenizer(bert), batch))
+    assert truncated_share(tokenizer, documents=batch)["documents"] == pytest.approx(sum(n > 12 for n in lengths) / len(batch))
 
 
 @pytest.mark.parametrize("change", [
@@ -138,6 +191,18 @@ def word_tokenizer(special):
     return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]", **special)
 
 
+def test_symbols_of_two_pieces_are_skipped_whole():
+    """Vocabularies that mark where a word begins: colbert-ai's list holds the first piece of a symbol, Vespa's holds all."""
+    vocabulary = {t: i for i, t in enumerate(["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", "[unused0]", "[unused1]", "\u2581", ",", "a"])}
+    core = Tokenizer(models.BPE(vocabulary, [], unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    core.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
+    marking = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]", pad_token="[PAD]", mask_token="[MASK]")
+    kept = lambda batch: batch.input_ids[0][batch.keep[0]].tolist()
+    assert kept(ColBERTTokenizer(marking).documents(["a, a"])) == [1, 6, 9, 8, 9, 2]
+    assert kept(ColBERTTokenizer(marking, skip_punctuation_before_encoding=True).documents(["a, a"])) == [1, 6, 9, 9, 2]
+
+
 def test_a_tokenizer_without_mask_serves_without_expansion():
     plain = word_tokenizer(dict(pad_token="[PAD]"))
     with pytest.raises(ValueError, match="query_expansion=False"):
@@ -156,6 +221,7 @@ def test_a_tokenizer_without_padding_is_refused():
     (dict(query_maxlen=3), "query_maxlen: expected a whole number of 4 or more"), (dict(doc_maxlen=0), "doc_maxlen: expected"),
     (dict(doc_maxlen=-5), "doc_maxlen: expected"), (dict(query_maxlen=32.0), "query_maxlen: expected .* got 32.0"),
     (dict(query_maxlen="32"), "query_maxlen: expected"), (dict(doc_maxlen=True), "doc_maxlen: expected"), (dict(doc_maxlen=None), "doc_maxlen"),
+    (dict(mask_punctuation=False, skip_punctuation_before_encoding=True), "mask_punctuation=True with skip_punctuation"),
     (dict(query_token_id="[Q]"), r"got '\[Q\]'"), (dict(doc_token_id="never seen"), "got 'never seen'")])
 def test_bad_settings(chosen, message):
     with pytest.raises(ValueError, match=message):
@@ -172,8 +238,9 @@ def test_only_fast_tokenizers():
     (iter(["a"]), "expected a list"), (["a", None], "row 1: expected a string, got NoneType"), ([b"a"], "row 0: expected a string, got bytes"),
     ([["a"]], "row 0: expected a string, got list"), (["a", "b", "\ud800x"], "row 2: .* lone surrogate")])
 @pytest.mark.parametrize("method", ["queries", "documents", "lengths"])
-def test_bad_texts(bad, message, method):
-    tokenizer = ColBERTTokenizer(bert)
+@pytest.mark.parametrize("skip", [False, True])
+def test_bad_texts(bad, message, method, skip):
+    tokenizer = ColBERTTokenizer(bert, skip_punctuation_before_encoding=skip)
     with pytest.raises(ValueError, match=message):
         token_lengths(tokenizer, bad) if method == "lengths" else getattr(tokenizer, method)(bad)
 
@@ -184,5 +251,6 @@ def test_token_strip():
     drawn = show_tokens(tokenizer, "<script>", "document")
     assert repr(drawn) == "[CLS] [unused1] -< script -> [SEP]"
     assert "<script" not in drawn._repr_html_() and "&lt;" in drawn._repr_html_() and drawn._repr_html_().count("line-through") == 2
-    with pytest.raises(ValueError, match="kind: expected"):
-        show_tokens(tokenizer, "x", "passage")
+    for ask in (show_tokens, token_lengths):
+        with pytest.raises(ValueError, match="kind: expected"):
+            ask(tokenizer, "x", "passage")
