@@ -6,7 +6,7 @@
 __all__ = ['QUERIES', 'CORPUS', 'TRIPLES', 'QRELS', 'VALIDATION', 'MANIFEST', 'FORMAT', 'shown', 'clean_text', 'check_folder',
            'export_training_data', 'TrainingData', 'load_training_data']
 
-# %% ../nbs/05_data_files.ipynb #027d504e
+# %% ../nbs/05_data_files.ipynb #bda8d753
 import hashlib
 import json
 import re
@@ -23,6 +23,7 @@ import numpy as np
 
 from .data_arrays import Positives, TextFile
 from .data_triples import as_scores, as_triples, read_numbers, read_triples
+from .files import whole_folder
 
 if TYPE_CHECKING: from colbert_nb.data import Examples
 
@@ -101,7 +102,7 @@ def _write_all(folder: Path, examples: "Examples", triples: np.ndarray, scores: 
     hashes = {name: _write(folder / name, lines) for name, lines in files.items()}
     _write(folder / MANIFEST, [dump({**FORMAT, "counts": counts, "settings": settings, "files": hashes}, indent=1)])
 
-# %% ../nbs/05_data_files.ipynb #22e8a1aa
+# %% ../nbs/05_data_files.ipynb #08e9c365
 def export_training_data(
     folder: str | Path,                      # new, empty, or written by this function before
     examples: "Examples",
@@ -118,18 +119,8 @@ def export_training_data(
         if bad := [i for i, text in enumerate(texts) if clean_text(text, f"{name} {i}") != text]:
             raise ValueError(f"{name} {bad[0]}: expected one stripped line, got {texts[bad[0]]!r}. Apply clean_text first.")
     scores = None if scores is None else as_scores(scores, triples)
-    target = check_folder(folder).resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    new, old = work / "new", work / "old"
-    try:
-        new.mkdir()
+    with whole_folder(check_folder(folder)) as new:
         _write_all(new, examples, triples, scores, validation or [], settings or {})
-        if target.exists(): target.rename(old)
-        new.rename(target)
-    finally:
-        if old.exists() and not target.exists(): old.rename(target)
-        shutil.rmtree(work, ignore_errors=True)
     return Path(folder)
 
 # %% ../nbs/05_data_files.ipynb #79fce9e6
