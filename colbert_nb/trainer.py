@@ -203,7 +203,7 @@ class RAGTrainer:
         "Train on the prepared data. ValueError without data, and as in `colbert_nb.training.train_colbert`."
         from colbert_nb.data import load_training_data
         from colbert_nb.encoder import ColBERT
-        from colbert_nb.training import check_training, train_colbert
+        from colbert_nb.training_run import check_training, train_colbert
 
         if use_relu:
             log.warning("use_relu is stored in the checkpoint and, as in colbert-ai, has no effect")

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel, T5Config
 import colbert_nb.data
 import colbert_nb.encoder
 import colbert_nb.mining
-import colbert_nb.training
+import colbert_nb.training_run
 from colbert_nb.corpus import minilm_path
 from colbert_nb.trainer import Preset, RAGTrainer, clean_documents, given, length_tokenizer, report_truncation
 
