@@ -7,11 +7,10 @@ __all__ = ['log', 'Run', 'METRICS', 'STOPWORDS', 'GREY', 'BLUE', 'ORANGE', 'rank
            'top_k', 'search', 'bm25_run', 'dense_run', 'rerank', 'Comparison', 'compare', 'save_results',
            'plot_results', 'plot_heatmap', 'write_trec_run', 'read_trec_run']
 
-# %% ../nbs/08_evaluation.ipynb #b59c429c
+# %% ../nbs/08_evaluation.ipynb #3f7fe76a
 import json
 import logging
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .files import whole_file
 from .scoring import maxsim_packed, pad
 
 log = logging.getLogger(__name__)
@@ -248,7 +248,7 @@ def rerank(
         run[str(q)] = {str(candidates[q][i]): s for i, s in zip(order[0].tolist(), scores[0].tolist())}
     return run
 
-# %% ../nbs/08_evaluation.ipynb #83e3a493
+# %% ../nbs/08_evaluation.ipynb #8f1e7e2a
 class Comparison(dict):
     "Results of several systems that show themselves as a table, the best value of each metric in bold."
     def _repr_markdown_(self) -> str:
@@ -270,23 +270,14 @@ def compare(
     if not any(results.values()): raise ValueError(f"expected one system with one metric or more, got {dict(results)}")
     return Comparison({system: dict(row) for system, row in results.items()})
 
-def _write(path: str | Path, text: str) -> Path:
-    "A whole file or none: written beside and renamed."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        beside.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(beside, path)
-    finally: beside.unlink(missing_ok=True)
-    return path
-
 def save_results(
     path: str | Path,                            # a .json file; one that is there is replaced
     results: Mapping[str, Mapping[str, float]],  # system -> metric -> value
 ) -> Path:
     "Results as JSON, `{system: {metric: value}}`. Errors as in `compare`."
-    return _write(path, json.dumps(compare(results), indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(compare(results), indent=2, ensure_ascii=False) + "\n"
+    with whole_file(path) as file: file.write(text)
+    return Path(path)
 
 # %% ../nbs/08_evaluation.ipynb #2765e301
 GREY, BLUE, ORANGE = "#808080", "#3b7dd8", "#e8772e"   # they read well on a light and on a dark page
@@ -352,7 +343,7 @@ def plot_heatmap(
     plt.close(figure)
     return figure
 
-# %% ../nbs/08_evaluation.ipynb #b3045b22
+# %% ../nbs/08_evaluation.ipynb #2602f15c
 def write_trec_run(
     run: Run,                  # ids without blanks
     path: str | Path,          # the file; one that is there is replaced
@@ -362,8 +353,10 @@ def write_trec_run(
     "The lines `query Q0 passage rank score tag` that trec_eval reads; a query without passages has none. Ids with blanks and NaN are a `ValueError`."
     for name in [tag, *run, *(p for scores in run.values() for p in scores)]:
         if not isinstance(name, str) or name.split() != [name]: raise ValueError(f"expected ids as strings without blanks, got {name!r}")
-    return _write(path, "".join(f"{q} Q0 {p} {rank} {float(scores[p])!r} {tag}\n"
-                                for q, scores in run.items() for rank, p in enumerate(ranking(scores), start=1)))
+    with whole_file(path) as file:
+        file.writelines(f"{q} Q0 {p} {rank} {float(scores[p])!r} {tag}\n"
+                        for q, scores in run.items() for rank, p in enumerate(ranking(scores), start=1))
+    return Path(path)
 
 def read_trec_run(
     path: str | Path,  # a file of lines `query Q0 passage rank score tag`
