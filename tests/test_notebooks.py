@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,15 +26,17 @@ def check(notebook: Path) -> None:
 
 
 def copied(notebook: str, tmp_path: Path, parameters: dict | None = None) -> Path:
-    "A copy of the notebook in an empty folder; `parameters` replace those of the cell tagged so."
+    "A copy of the notebook beside a copy of the benchmarks' results; `parameters` replace those of the cell tagged so."
     nb = nbformat.read(ROOT / notebook, as_version=4)
     for cell in nb.cells if parameters else ():
         if "parameters" in cell.metadata.get("tags", ()):
             for name, value in parameters.items():
                 cell.source, found = re.subn(rf"^{name} = .*$", f"{name} = {value!r}", cell.source, flags=re.M)
                 assert found == 1, f"{notebook} has no parameter {name}"
-    path = tmp_path / Path(notebook).name
+    path = tmp_path / notebook
+    path.parent.mkdir(parents=True)
     nbformat.write(nb, path)
+    shutil.copytree(ROOT / "benchmarks/results", tmp_path / "benchmarks/results")
     return path
 
 
