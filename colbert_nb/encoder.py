@@ -6,7 +6,8 @@
 __all__ = ['log', 'DEFAULTS', 'check_texts', 'default_device', 'pca_projection', 'ColBERT', 'is_colbert_checkpoint',
            'check_encoder']
 
-# %% ../nbs/03_encoder.ipynb #f688c397
+# %% ../nbs/03_encoder.ipynb #a9a033f6
+import copy
 import logging
 import random
 from collections.abc import Sequence
@@ -17,16 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .encoder_files import (CHECKPOINT_FILES, SETTINGS, check_encoder, colbert_config, is_colbert_checkpoint,
+from .encoder_files import (CHECKPOINT_FILES, OWN_SETTINGS, SETTINGS, check_encoder, colbert_config, is_colbert_checkpoint,
                                       is_other_late_interaction, is_own_checkpoint, load_backbone, load_tokenizer,
                                       locate_model, read_metadata, read_projection, replace_folder, write_checkpoint)
 from .tokenization import ColBERTTokenizer, TokenBatch
 
-# %% ../nbs/03_encoder.ipynb #385a8787
+# %% ../nbs/03_encoder.ipynb #6d3c14df
 log = logging.getLogger(__name__)
 _all_ = ["is_colbert_checkpoint", "check_encoder"]
 DEFAULTS = {"dim": 128, "query_maxlen": 32, "doc_maxlen": 256, "mask_punctuation": True,
-            "attend_to_mask_tokens": False, "query_expansion": True}
+            "attend_to_mask_tokens": False, **OWN_SETTINGS}
 
 # %% ../nbs/03_encoder.ipynb #fa52b643
 def check_texts(texts: Sequence[str], kind: str) -> list[str]:
@@ -72,7 +73,7 @@ def pca_projection(
     largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
     return (directions * largest.sign()).float()
 
-# %% ../nbs/03_encoder.ipynb #f1cdd0df
+# %% ../nbs/03_encoder.ipynb #365224be
 class ColBERT(nn.Module):
     "An encoder whose every token gives one unit vector (Khattab and Zaharia 2020, section 3.2)."
     def __init__(
@@ -164,6 +165,7 @@ class ColBERT(nn.Module):
         mask_punctuation: bool | None = None,  # drop vectors of punctuation; None: the checkpoint's own, else True
         attend_to_mask_tokens: bool | None = None,  # None: the checkpoint's own, else False
         query_expansion: bool | None = None,  # fill queries with [MASK]; None: the checkpoint's own, else True
+        skip_punctuation_before_encoding: bool | None = None,  # documents as in Vespa; None: the checkpoint's own, else False
         device: str | torch.device | None = None,  # None: CUDA, else MPS, else CPU
         dtype: torch.dtype | None = None,  # None: float32, whatever the file holds
         attn_implementation: str | None = None,  # None: transformers' choice, the fastest forward pass on a CPU
@@ -174,7 +176,8 @@ class ColBERT(nn.Module):
         "Goes on from a late-interaction checkpoint, or gives a plain encoder a new projection. Raises ValueError."
         given = {k: v for k, v in {"dim": dim, "query_maxlen": query_maxlen, "doc_maxlen": doc_maxlen,
                  "mask_punctuation": mask_punctuation, "attend_to_mask_tokens": attend_to_mask_tokens,
-                 "query_expansion": query_expansion}.items() if v is not None}
+                 "query_expansion": query_expansion,
+                 "skip_punctuation_before_encoding": skip_punctuation_before_encoding}.items() if v is not None}
         if init not in ("random", "pca"):
             raise ValueError(f"expected init to be 'random' or 'pca', got {init!r}")
         folder = locate_model(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
@@ -189,18 +192,21 @@ class ColBERT(nn.Module):
         if stored.get("similarity", "cosine") != "cosine":
             raise ValueError(f"expected similarity 'cosine' in {str(folder)!r}, got {stored['similarity']!r}")
         if init == "pca" and not trained:
-            sample = check_texts(sample or (), "sample passage")
-            if not sample:
+            if isinstance(sample, str) or not isinstance(sample, Sequence):
+                sample = check_texts(() if sample is None else sample, "sample passage")
+            if not len(sample):
                 raise ValueError("expected sample=[passages] with init='pca', got none; give some, or init='random'")
+            drawn = sorted(random.Random(seed).sample(range(len(sample)), min(512, len(sample))))
+            sample = check_texts([sample[i] for i in drawn], "sample passage")
         settings = {**stored, **given}
-        expansion = settings.pop("query_expansion")
+        own = {name: settings.pop(name) for name in OWN_SETTINGS}
         sizes = {k: settings[k] for k in ("dim", "query_maxlen", "doc_maxlen")}
         encoder_config = check_encoder(folder, **sizes, trust_remote_code=trust_remote_code)
         config = colbert_config(**settings)
         tokenizer = ColBERTTokenizer(
             load_tokenizer(folder, encoder_config, trust_remote_code=trust_remote_code),
             **{k: getattr(config, k) for k in ("query_maxlen", "doc_maxlen", "query_token_id", "doc_token_id",
-                                               "mask_punctuation", "attend_to_mask_tokens")}, query_expansion=expansion)
+                                               "mask_punctuation", "attend_to_mask_tokens")}, **own)
         encoder = load_backbone(folder, encoder_config, dtype=dtype or torch.float32, seed=seed,
                                 attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
         encoder.to(device or default_device()).eval()
@@ -209,9 +215,8 @@ class ColBERT(nn.Module):
             weight = read_projection(folder, shape)
             log.info("fine-tuning: %s is a late-interaction checkpoint, its projection is kept", name_or_path)
         elif init == "pca":
-            drawn = sorted(random.Random(seed).sample(range(len(sample)), min(512, len(sample))))
-            weight = pca_projection(encoder, tokenizer, [sample[i] for i in drawn], config.dim)
-            log.info("new projection: principal directions of %d passages, %s", len(drawn), name_or_path)
+            weight = pca_projection(encoder, tokenizer, sample, config.dim)
+            log.info("new projection: principal directions of %d passages, %s", len(sample), name_or_path)
         else:
             spread = getattr(encoder_config, "initializer_range", 0.02)
             weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * spread
@@ -226,8 +231,22 @@ class ColBERT(nn.Module):
     ) -> Path:  # the folder
         "Writes colbert-ai's checkpoint format, whole or not at all. Raises ValueError where other files are in the way."
         path = Path(path)
-        settings = {name: getattr(self.config, name) for name in SETTINGS}
+        settings = {**{name: getattr(self.config, name) for name in SETTINGS},
+                    **{name: getattr(self.tokenizer, name) for name in OWN_SETTINGS}}
         with replace_folder(path, CHECKPOINT_FILES, is_own_checkpoint) as folder:
-            write_checkpoint(folder, self.encoder, self.linear.weight, self.tokenizer.tokenizer,
-                             {**settings, "query_expansion": self.query_expansion})
+            write_checkpoint(folder, self.encoder, self.linear.weight, self.tokenizer.tokenizer, settings)
         return path
+
+    def truncated(
+        self,
+        dim: int,  # numbers to keep of every vector, from 1 to all
+    ) -> "ColBERT":  # has the same encoder and tokenizer, not copies of them
+        "The model of the first `dim` numbers alone (Kusupati et al. 2022, Matryoshka representation learning). Raises ValueError."
+        whole = self.linear.out_features
+        if type(dim) is not int or not 0 < dim <= whole:
+            raise ValueError(f"expected dim from 1 to {whole}, the size of this model's vectors, got {dim!r}")
+        linear = nn.Linear(self.linear.in_features, dim, bias=False, device="meta")
+        linear.weight = nn.Parameter(self.linear.weight[:dim].detach().clone())
+        config = copy.deepcopy(self.config)
+        config.configure(dim=dim)
+        return ColBERT(self.encoder, linear, self.tokenizer, config).train(self.training)

@@ -115,12 +115,69 @@ def test_colbert_ai_reads_the_settings(copy):
 
 
 def test_settings_survive_a_round_trip(plain, tmp_path):
-    chosen = dict(dim=8, query_maxlen=12, doc_maxlen=40, mask_punctuation=False, attend_to_mask_tokens=True,
-                  query_expansion=False)
-    model = load(load(plain, **chosen).save_pretrained(tmp_path / "m"))
-    assert {**{k: getattr(model.config, k) for k in chosen if k != "query_expansion"},
-            "query_expansion": model.query_expansion} == chosen
-    assert {k: getattr(model.tokenizer, k) for k in chosen if k != "dim"} == {k: v for k, v in chosen.items() if k != "dim"}
+    chosen = dict(query_maxlen=12, doc_maxlen=40, mask_punctuation=False, attend_to_mask_tokens=True, query_expansion=False)
+    model = load(load(plain, dim=8, **chosen).save_pretrained(tmp_path / "m"))
+    assert {k: getattr(model.config, k) for k in chosen if k != "query_expansion"} == {k: v for k, v in chosen.items() if k != "query_expansion"}
+    assert model.config.dim == 8 and {k: getattr(model.tokenizer, k) for k in chosen} == chosen
+
+
+def test_skipped_punctuation_survives_a_round_trip(plain, checkpoint, tmp_path):
+    stored = lambda folder: json.loads((folder / "artifact.metadata").read_text())["skip_punctuation_before_encoding"]
+    model = load(plain, dim=16, skip_punctuation_before_encoding=True)
+    folder = model.save_pretrained(tmp_path / "m")
+    assert stored(folder) is True and stored(checkpoint) is False
+    assert load(folder).tokenizer.skip_punctuation_before_encoding
+    same(load(folder).encode_documents(DOCUMENTS), model.encode_documents(DOCUMENTS))
+    same(load(folder).encode_queries(QUERIES), load(checkpoint).encode_queries(QUERIES))
+    same(load(folder, skip_punctuation_before_encoding=False).encode_documents(DOCUMENTS), load(checkpoint).encode_documents(DOCUMENTS))
+    same(load(checkpoint, skip_punctuation_before_encoding=True).encode_documents(DOCUMENTS), model.encode_documents(DOCUMENTS))
+
+
+def test_skipped_punctuation_is_not_seen(checkpoint):
+    model = load(checkpoint, skip_punctuation_before_encoding=True)
+    with_it, without = model.encode_documents(["one, two! (three)", "one two three"])
+    same([with_it], [without], atol=1e-6)
+    seen = load(checkpoint).encode_documents(["one, two! (three)"])[0]
+    assert seen.shape == with_it.shape and (seen - with_it).abs().max() > 0.01
+
+
+def test_a_checkpoint_that_says_nothing_reads_punctuation(copy):
+    content = json.loads((copy / "artifact.metadata").read_text())
+    del content["skip_punctuation_before_encoding"]
+    (copy / "artifact.metadata").write_text(json.dumps(content))
+    assert not load(copy).tokenizer.skip_punctuation_before_encoding
+
+
+# fewer numbers
+
+@pytest.mark.parametrize("dim", [1, 7, 16])
+def test_truncated_is_truncating_and_normalising(checkpoint, tmp_path, dim):
+    model = load(checkpoint)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    small = model.truncated(dim)
+    cut = lambda vectors: [torch.nn.functional.normalize(v[:, :dim], dim=1) for v in vectors]
+    for encode in ("encode_queries", "encode_documents"):
+        same(getattr(small, encode)(DOCUMENTS), cut(getattr(model, encode)(DOCUMENTS)), atol=1e-6)
+    again = load(small.save_pretrained(tmp_path / "m"))
+    assert again.config.dim == dim and model.config.dim == 16
+    same(again.encode_documents(DOCUMENTS), small.encode_documents(DOCUMENTS))
+    assert json.loads((tmp_path / "m/artifact.metadata").read_text())["dim"] == dim
+    small.linear.weight.data.zero_()
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def test_truncated_keeps_settings_mode_and_precision(plain):
+    model = load(plain, dim=16, doc_maxlen=40, skip_punctuation_before_encoding=True, dtype=torch.bfloat16).train()
+    small = model.truncated(8)
+    assert small.training and small.encoder is model.encoder and small.tokenizer is model.tokenizer
+    assert small.linear.weight.dtype == torch.bfloat16 and small.linear.weight.requires_grad and small.config.doc_maxlen == 40
+    assert not model.eval().truncated(8).training
+
+
+@pytest.mark.parametrize("dim", [0, -1, 17, 8.0, "8", True, None])
+def test_truncated_out_of_range(checkpoint, dim):
+    with pytest.raises(ValueError, match="dim from 1 to 16, the size of this model's vectors, got"):
+        load(checkpoint).truncated(dim)
 
 
 def test_training_settings_are_stored(checkpoint, tmp_path):
@@ -133,14 +190,19 @@ def test_training_settings_are_stored(checkpoint, tmp_path):
 # other libraries
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("attend", [False, True])
-def test_vectors_are_those_of_colbert_ai_and_sentence_transformers(plain, tmp_path, monkeypatch, attend):
+@pytest.mark.parametrize("attend, skip, dim", [(False, False, 24), (True, False, 24), (False, True, 24), (False, False, 12)])
+def test_vectors_are_those_of_colbert_ai_and_sentence_transformers(plain, tmp_path, monkeypatch, attend, skip, dim):
     from colbert.infra import ColBERTConfig
     from colbert.modeling import base_colbert, checkpoint as upstream
     from colbert.modeling.colbert import ColBERT as Upstream
     from sentence_transformers import MultiVectorEncoder
-    model = load(plain, dim=24, query_maxlen=20, doc_maxlen=60, attend_to_mask_tokens=attend, init="pca", sample=DOCUMENTS)
+    model = load(plain, dim=24, query_maxlen=20, doc_maxlen=60, attend_to_mask_tokens=attend, init="pca", sample=DOCUMENTS).truncated(dim)
+    if skip:
+        model.tokenizer = load(plain, query_maxlen=20, doc_maxlen=60, skip_punctuation_before_encoding=True).tokenizer
     folder = str(model.save_pretrained(tmp_path / "m"))
+    if skip:
+        assert load(folder).tokenizer.skip_punctuation_before_encoding
+        model = load(folder, skip_punctuation_before_encoding=False)
     factory = base_colbert.class_factory
 
     def mended(name):
@@ -312,7 +374,7 @@ def test_a_hub_id_in_the_cache_is_loaded(checkpoint, monkeypatch):
     assert model.config.dim == 16 and [a[:2] for a in asked] == [("someone/colbert", "v1")]
     assert not any(p.endswith((".py", ".bin")) for p in asked[0][2])
     check_encoder("someone/colbert")
-    assert "*.safetensors" not in asked[1][2]
+    assert "*.safetensors" not in asked[1][2] and {"*.json", "*.txt", "artifact.metadata"} <= set(asked[1][2])
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -321,6 +383,7 @@ def test_a_hub_id_in_the_cache_is_loaded(checkpoint, monkeypatch):
     (dict(doc_maxlen=3), "doc_maxlen"), (dict(query_maxlen=0), "query_maxlen"), (dict(query_maxlen="32"), "query_maxlen"),
     (dict(init="PCA"), "'random' or 'pca'"), (dict(init="pca"), "sample"), (dict(init="pca", sample=[]), "sample"),
     (dict(init="pca", sample="one string"), "list"), (dict(init="pca", sample=["fine", 3]), "string"),
+    (dict(mask_punctuation=False, skip_punctuation_before_encoding=True), "mask_punctuation=True with skip_punctuation"),
 ])
 def test_bad_settings_are_refused_before_weights_are_read(plain, monkeypatch, arguments, message):
     def never(*args, **kwargs):
@@ -349,6 +412,24 @@ def test_principal_directions_are_orthonormal_and_repeat(plain):
     torch.testing.assert_close(first @ first.T, torch.eye(16), atol=1e-5, rtol=0)
     torch.testing.assert_close(first, second, atol=1e-3, rtol=0)
     torch.testing.assert_close(pca_projection(model.encoder, model.tokenizer, DOCUMENTS, 4), first[:4], atol=1e-3, rtol=0)
+
+
+class Counted(list):
+    asked = 0
+
+    def __getitem__(self, item):
+        self.asked += 1
+        return super().__getitem__(item)
+
+    def __iter__(self):
+        raise AssertionError("every passage was read")
+
+
+def test_a_sample_is_drawn_before_it_is_read(plain):
+    sample = Counted([f"passage {i} of many, {i * 7} and {i * 13}" for i in range(3000)])
+    model = load(plain, dim=4, init="pca", sample=sample)
+    assert sample.asked == 512
+    same([load(plain, dim=4, init="pca", sample=(x for x in list.__iter__(sample))).linear.weight], [model.linear.weight])
 
 
 def test_repeated_texts_do_not_fill_a_projection(plain):
@@ -456,12 +537,22 @@ def test_a_failed_rename_brings_the_old_folder_back(copy, monkeypatch):
     before, model, rename = contents(copy), load(copy), Path.rename
 
     def fails_for_the_new(self, target):
-        if self.name.endswith(".new"):
+        asked.append((self.name, target.name))
+        if self.name.endswith(".part"):
             raise OSError("busy")
         return rename(self, target)
+    asked = []
     monkeypatch.setattr(Path, "rename", fails_for_the_new)
     with pytest.raises(OSError, match="busy"):
         model.save_pretrained(copy)
+    assert asked == [("copy", ".copy.old"), (".copy.part", "copy"), (".copy.old", "copy")]
+    assert contents(copy) == before and list(copy.parent.iterdir()) == [copy]
+
+
+def test_what_a_killed_process_left_between_the_renames_is_put_right(copy):
+    before, model = contents(copy), load(copy)
+    copy.rename(copy.with_name(".copy.old"))
+    model.save_pretrained(copy)
     assert contents(copy) == before and list(copy.parent.iterdir()) == [copy]
 
 
