@@ -227,8 +227,5 @@ def training_arguments(
         metric_for_best_model=metric, greater_is_better=True if metric else None, weight_decay=0.0,
         restore_callback_states_from_checkpoint=True, dataloader_pin_memory=engine.device.startswith("cuda"),
         dataloader_num_workers=0, remove_unused_columns=False, report_to="none", disable_tqdm=True) | own | given)
-    if args.world_size > 1:
-        raise ValueError(f"expected one process, got {args.world_size}: this version trains in one; start the script without "
-                         "torchrun or accelerate launch")
     args._n_gpu = min(args.n_gpu, 1)
     return args

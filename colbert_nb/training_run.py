@@ -28,10 +28,12 @@ from transformers.trainer_callback import ExportableState, TrainerState
 
 from .data import TrainingData, load_training_data
 from .encoder import ColBERT
-from .files import whole_file, whole_folder
+from .files import whole_folder
 from .training import Target, TripleCollator, score_chunks
-from .training_folder import BEST, LOG_FILE, STATE, check_output, checkpoints, last_good, load_weights, open_run, read_log, told
+from .training_folder import (BEST, LOG_FILE, STATE, check_output, checkpoints, copy_best, cut_log, last_good,
+                                        load_weights, open_run, told)
 from .training_losses import check_dims, choose_loss
+from .training_scale import check_same, gather_passages, join_processes, on_rank_0
 from .training_plan import (Plan, ShuffledTriples, check_arguments, check_settings, choose_engine, plan_steps,
                                       training_arguments, validate, validation_pool)
 
@@ -208,10 +210,7 @@ class ColBERTTrainer(Trainer):
 
     def go_on(self, checkpoint: Path | None) -> None:
         "Train to the end from a checkpoint, or from the start, and save the last step; the log is cut where the checkpoint was saved."
-        last = int(checkpoint.name.split("-")[1]) if checkpoint else -1
-        lines = [line for line in read_log(self.run) if line["step"] <= last]
-        with whole_file(self.run / LOG_FILE) as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+        on_rank_0(lambda: cut_log(self.run, int(checkpoint.name.split("-")[1]) if checkpoint else -1))
         state = TrainerState.load_from_json(str(checkpoint / STATE / "trainer_state.json")) if checkpoint else None
         if state and state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]:
             self.state = state
@@ -283,14 +282,17 @@ def train_colbert(
     if early_stopping_patience and not data.validation:
         raise ValueError(f"expected data with validation rows for early_stopping_patience={early_stopping_patience}, got none; "
                          "prepare it with validation_fraction or validation_data")
-    collator = TripleCollator(data, model.tokenizer, use_ib_negatives, chunk_size=chosen.chunk_size)
+    processes = join_processes()
+    collator = TripleCollator(data, model.tokenizer, use_ib_negatives, chunk_size=chosen.chunk_size,
+                              world_size=processes.world_size, rank=processes.rank)
     collator.check_negatives()
     settings = {k: v for k, v in options.items() if k not in NOT_SETTINGS} | {"dim": model.linear.out_features, "loss": loss.name}
     settings |= {name: getattr(model.tokenizer, name) for name in TOKENIZER_SETTINGS}
     description = {"format": "colbert_nb run", "version": 1, "settings": json.loads(json.dumps(settings, default=str)),
                    "data": {"triples": len(data.triples), "sha256": data.fingerprint()}, "engine": asdict(chosen), "plan": asdict(plan)}
-    checkpoint = open_run(run, description, resume=resume, overwrite=overwrite)
-    if (run / BEST).is_dir():
+    check_same({part: description[part] for part in ("settings", "data")})
+    checkpoint, finished = on_rank_0(lambda: (open_run(run, description, resume=resume, overwrite=overwrite), (run / BEST).is_dir()))
+    if finished:
         log.info("%s is a finished run", run)
         load_weights(model, run / BEST)
         return run / BEST
@@ -317,17 +319,14 @@ def train_colbert(
     bar = tqdm(unit="step", disable=None if progress is None else not progress)
     stop = [EarlyStoppingCallback(early_stopping_patience)] if early_stopping_patience else []
     trainer = ColBERTTrainer(
-        TrainingModule(model, dropout, dims), args, collator, triples, data.validation or None, loss=loss, validate=validation_value,
+        TrainingModule(model, dropout, dims, gather_passages if processes.world_size > 1 else None), args, collator, triples, data.validation or None, loss=loss, validate=validation_value,
         keep=keep, tokenize_ahead=tokenize_ahead, callbacks=[Flow(bar), *stop, *callbacks])
     try:
         with told(run):
             model.encoder.set_attn_implementation(chosen.attn_implementation)
             trainer.go_on(checkpoint)
             best = trainer.state.best_global_step or trainer.state.global_step
-            with whole_folder(run / BEST) as new:
-                for file in checkpoints(run)[best].iterdir():
-                    if file.is_file():
-                        shutil.copy(file, new)
+            on_rank_0(lambda: copy_best(run, best))
     finally:
         trainer.close()
         bar.close()
