@@ -225,7 +225,8 @@ def training_arguments(
         logging_steps=math.ceil(plan.steps / 1000), logging_nan_inf_filter=False, save_strategy="steps", save_steps=tenth,
         eval_strategy="steps" if metric else "no", eval_steps=tenth, load_best_model_at_end=bool(metric),
         metric_for_best_model=metric, greater_is_better=True if metric else None, weight_decay=0.0,
-        restore_callback_states_from_checkpoint=True, dataloader_pin_memory=engine.device.startswith("cuda"),
+        restore_callback_states_from_checkpoint=True, ddp_find_unused_parameters=False,
+        dataloader_pin_memory=engine.device.startswith("cuda"),
         dataloader_num_workers=0, remove_unused_columns=False, report_to="none", disable_tqdm=True) | own | given)
     args._n_gpu = min(args.n_gpu, 1)
     return args

@@ -14,16 +14,18 @@ import logging
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, set_seed
 from transformers.trainer_callback import ExportableState, TrainerState
 
 from .data import TrainingData, load_training_data
@@ -33,7 +35,7 @@ from .training import Target, TripleCollator, score_chunks
 from .training_folder import (BEST, LOG_FILE, STATE, check_output, checkpoints, copy_best, cut_log, last_good,
                                         load_weights, open_run, told)
 from .training_losses import check_dims, choose_loss
-from .training_scale import check_same, gather_passages, join_processes, on_rank_0
+from .training_scale import cached_step, check_same, gather_passages, join_processes, on_rank_0, score_blocks
 from .training_plan import (Plan, ShuffledTriples, check_arguments, check_settings, choose_engine, plan_steps,
                                       training_arguments, validate, validation_pool)
 
@@ -77,15 +79,18 @@ class TrainingModule(nn.Module):
         self.model.train(mode and self.dropout != 0)
         return self
 
-    def scores(self, queries, documents, places: Tensor, shares: Sequence[int]) -> Tensor:
+    def scores(self, queries, documents, places: Tensor, shares: Sequence[int], score: Callable = score_chunks) -> Tensor:
         "Chunks of vectors to (dims, queries, passages)."
         if self.gather:
             documents, places = self.gather(documents, places, shares), None
-        scores = torch.stack([score_chunks(queries, documents, dim) for dim in self.dims])
+        scores = torch.stack([score(queries, documents, dim) for dim in self.dims])
         return scores if places is None else scores[..., places]
 
-    def forward(self, queries, documents, places: Tensor, shares: Sequence[int]) -> Tensor:
-        "A batch of `TripleCollator` to (dims, queries, passages): a score matrix for all dimensions and one for each of `dims`."
+    def forward(self, queries, documents=None, places: Tensor | None = None, shares: Sequence[int] = ()) -> Tensor:
+        """A batch of `TripleCollator` to (dims, queries, passages): a score matrix for all dimensions and one for each of `dims`.
+        One chunk alone to its vectors."""
+        if documents is None:
+            return self.model(queries)
         Q, D = ([(self.model(chunk), chunk.keep) for chunk in chunks] for chunks in (queries, documents))
         return self.scores(Q, D, places, shares)
 
@@ -118,9 +123,12 @@ class ColBERTTrainer(Trainer):
         validate: Callable[[], float] | None = None,  # gives the validation metric of the model as it is
         keep: int = 2,  # checkpoints kept beside the best
         tokenize_ahead: bool = True,  # the next step's batches are made while this step runs
+        mini_batch_size: int | None = None,  # triples encoded with gradients at a time; None: all of a part
         **kwargs,
     ):
         super().__init__(model, *args, **kwargs)
+        set_seed(self.args.seed + self.args.process_index)
+        self.mini_batch_size = mini_batch_size
         self.run, self.validate, self.keep, self.seen = Path(self.args.output_dir), validate, keep, []
         self.tokenize_ahead, self.ahead = tokenize_ahead, None
         self.loss = loss
@@ -154,13 +162,30 @@ class ColBERTTrainer(Trainer):
             "shares": inputs["shares"]}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        "The sum over a part's queries, divided by the triples of the whole step: parts of any size weigh what they should."
-        target = inputs["target"]
-        scores = model(**{name: inputs[name] for name in ("queries", "documents", "places", "shares")})[:, :len(target.positives)]
-        loss = torch.stack([self.loss(part, target).sum() for part in scores]).mean()
-        self.watch(scores[0].detach(), target)
-        loss = loss / (num_items_in_batch or len(target.positives))
+        "The loss of a part whose score matrices come out of one forward call."
+        scores = model(**{name: inputs[name] for name in ("queries", "documents", "places", "shares")})
+        loss = self.score_loss(scores, inputs["target"], num_items_in_batch)
         return (loss, scores) if return_outputs else loss
+
+    def score_loss(self, scores: Tensor, target: Target, n: int | None) -> Tensor:
+        """The sum over a part's queries, divided by the triples of the whole step: parts of any size weigh what they should.
+        Several processes average their gradients, so each gives its part times their number."""
+        scores = scores[:, :len(target.positives)]
+        values = [self.loss(part, target) if len(part) else part for part in scores]
+        self.watch(scores[0].detach(), target)
+        return self.args.world_size * torch.stack([value.sum() for value in values]).mean() / (n or len(target.positives))
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        "transformers' own step, or `cached_step`. There the last chunk goes through `model`, which averages over the processes."
+        if self.mini_batch_size is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        inputs, module, n = self._prepare_inputs(inputs), self.model, self.mini_batch_size
+        target = inputs["target"]
+        loss = lambda Q, D: self.score_loss(
+            module.scores(Q, D, inputs["places"], inputs["shares"], score_blocks), target, num_items_in_batch)
+        return cached_step(module, inputs["queries"], inputs["documents"], loss, n_queries=n,
+                           n_documents=n * target.group.shape[1], backward=self.accelerator.backward, last=model)
 
     def watch(self, scores: Tensor, target: Target) -> None:
         "Remember how the positives and the hardest negatives of a part scored, for the log."
@@ -170,7 +195,7 @@ class ColBERTTrainer(Trainer):
         self.seen.append(torch.stack([best.sum(), others.masked_fill(~there, 0.0).sum(), (best == best).sum(), there.sum()]))
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        metrics = {f"eval_{self.args.metric_for_best_model}": self.validate()}
+        metrics = {f"eval_{self.args.metric_for_best_model}": on_rank_0(self.validate)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -178,7 +203,7 @@ class ColBERTTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         line = {"step": self.state.global_step, **{k.removeprefix("eval_"): v for k, v in logs.items()}}
         if "loss" in logs:
-            best, others, n, m = torch.stack(self.seen).sum(0).tolist()
+            best, others, n, m = self.accelerator.reduce(torch.stack(self.seen).sum(0), reduction="sum").tolist()
             self.seen.clear()
             line |= {"positive": best / n, "hardest_negative": others / m if m else None}
             for name in ("loss", "grad_norm"):
@@ -186,12 +211,22 @@ class ColBERTTrainer(Trainer):
                     raise FloatingPointError(
                         f"{name} is {logs[name]} at step {self.state.global_step}: training cannot go on. Try a lower learning_rate"
                         f"{' or bf16=False' if self.args.bf16 else ''}; {last_good(self.run)}")
-        if "loss" in logs or any(k.startswith("eval_") for k in logs):
+        if self.args.should_save and ("loss" in logs or any(k.startswith("eval_") for k in logs)):
             with open(self.run / LOG_FILE, "a", encoding="utf-8", newline="\n") as file:
                 file.write(json.dumps(line) + "\n")
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model, trial) -> None:
+        "A checkpoint, written by process 0 with the random states of all."
+        with tempfile.TemporaryDirectory() as place:
+            self._save_rng_state(place)
+            states = gather_object([{file.name: file.read_bytes() for file in Path(place).iterdir()}])
+        on_rank_0(lambda: self.write_checkpoint({name: state for files in states for name, state in files.items()}))
+
+    def write_checkpoint(
+        self,
+        states: dict[str, bytes],  # name and content of each process's random states
+    ) -> None:
         "The model's files and, apart from them, the trainer's own; the folder has its name only when all is written."
         with open(self.run / LOG_FILE, "a") as file:
             os.fsync(file.fileno())
@@ -200,8 +235,10 @@ class ColBERTTrainer(Trainer):
         with whole_folder(self.run / f"checkpoint-{self.state.global_step}") as new:
             self.model.model.save_pretrained(new)
             (new / STATE).mkdir()
-            for save in (self._save_optimizer_and_scheduler, self._save_scaler, self._save_rng_state):
+            for save in (self._save_optimizer_and_scheduler, self._save_scaler):
                 save(str(new / STATE))
+            for name, state in states.items():
+                (new / STATE / name).write_bytes(state)
             self.state.save_to_json(str(new / STATE / "trainer_state.json"))
         kept = {self.state.best_global_step, *list(checkpoints(self.run))[-self.keep:]}
         for step, old in checkpoints(self.run).items():
@@ -237,6 +274,7 @@ def train_colbert(
     output_dir: str | Path,  # the run's folder
     *,
     batch_size: int = 32,  # triples an optimizer step, over all processes
+    mini_batch_size: int | None = None,  # triples encoded with gradients at a time, in each process; None: all of a part
     accumsteps: int = 1,  # parts in which a step is computed; in-batch negatives are those of a part
     maxsteps: int = 500_000,  # a cap on the steps
     epochs: int = 1,
@@ -272,7 +310,8 @@ def train_colbert(
     given = {k: v for k, v in locals().items() if k not in ("model", "data", "training_args")}
     data, run = data if isinstance(data, TrainingData) else load_training_data(data), Path(output_dir)
     options = {k: v for k, v in given.items() if k != "output_dir"} | training_args
-    plan = check_training(len(data.triples), run, **options)
+    processes = join_processes()
+    plan = on_rank_0(lambda: check_training(len(data.triples), run, **options))
     chosen = choose_engine(model.device, bf16=bf16, attn_implementation=attn_implementation, dropout=dropout, optim=optim,
                            chunk_size=chunk_size, tokenize_ahead=tokenize_ahead)
     args = training_arguments(run, plan, chosen, validation_metric if data.validation else None, training_args,
@@ -282,7 +321,6 @@ def train_colbert(
     if early_stopping_patience and not data.validation:
         raise ValueError(f"expected data with validation rows for early_stopping_patience={early_stopping_patience}, got none; "
                          "prepare it with validation_fraction or validation_data")
-    processes = join_processes()
     collator = TripleCollator(data, model.tokenizer, use_ib_negatives, chunk_size=chosen.chunk_size,
                               world_size=processes.world_size, rank=processes.rank)
     collator.check_negatives()
@@ -316,11 +354,11 @@ def train_colbert(
             return validate(model, data.validation, data.corpus, pool, validation_metric, batch_size=2 * chosen.chunk_size)
 
     attention = model.encoder.config._attn_implementation
-    bar = tqdm(unit="step", disable=None if progress is None else not progress)
+    bar = tqdm(unit="step", disable=True if processes.rank else None if progress is None else not progress)
     stop = [EarlyStoppingCallback(early_stopping_patience)] if early_stopping_patience else []
     trainer = ColBERTTrainer(
         TrainingModule(model, dropout, dims, gather_passages if processes.world_size > 1 else None), args, collator, triples, data.validation or None, loss=loss, validate=validation_value,
-        keep=keep, tokenize_ahead=tokenize_ahead, callbacks=[Flow(bar), *stop, *callbacks])
+        keep=keep, tokenize_ahead=tokenize_ahead, mini_batch_size=mini_batch_size, callbacks=[Flow(bar), *stop, *callbacks])
     try:
         with told(run):
             model.encoder.set_attn_implementation(chosen.attn_implementation)
