@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-# %% ../nbs/05_data_arrays.ipynb #43dc8511
-BLOCK = 1 << 24  # bytes read at a time
+# %% ../nbs/05_data_arrays.ipynb #34400738
+BLOCK = 1 << 22  # bytes read at a time
 
 def blocks(data: bytes | mmap.mmap) -> Iterator[tuple[int, bytes]]:
     "(place, bytes) of whole lines, some `BLOCK` bytes at a time."
@@ -39,7 +39,7 @@ def contents(path: Path) -> bytes | mmap.mmap:
         if path.stat().st_size <= BLOCK: return file.read()
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
-# %% ../nbs/05_data_arrays.ipynb #9e41ef9a
+# %% ../nbs/05_data_arrays.ipynb #5402ebec
 def _numbers(block: bytes, name: str, first: int) -> tuple[np.ndarray, np.ndarray]:
     "Where the lines of a TSV block start, and the numbers they start with. `first`: lines before the block."
     try: block.decode()
@@ -62,7 +62,9 @@ def _numbers(block: bytes, name: str, first: int) -> tuple[np.ndarray, np.ndarra
                          f"{block[starts[row]:ends[row]].decode()!r}. Correct the line.")
     return starts, numbers
 
-# %% ../nbs/05_data_arrays.ipynb #54983ff6
+def _text(line: str) -> str: return " | ".join(line.rstrip("\r\n").split("\t")[2:0:-1])
+
+# %% ../nbs/05_data_arrays.ipynb #5c5dcde8
 class TextFile(Sequence):
     """The texts of a file of `number<TAB>text` lines, each decoded when it is asked for. A third column is a title, put
     in front as colbert-ai does. Pickles as its path and may be used after a fork. Raises `ValueError` naming the line."""
@@ -88,10 +90,10 @@ class TextFile(Sequence):
     def __getitem__(self, at: int | slice) -> str | list[str]:
         if isinstance(at, slice): return [self[i] for i in range(*at.indices(len(self)))]
         row = range(len(self))[operator.index(at)]
-        line = self.data[int(self.starts[row]):int(self.starts[row + 1])].rstrip(b"\r\n").decode()
-        return " | ".join(line.split("\t")[2:0:-1])
+        return _text(self.data[int(self.starts[row]):int(self.starts[row + 1])].decode())
 
-    def __iter__(self) -> Iterator[str]: return map(self.__getitem__, range(len(self)))
+    def __iter__(self) -> Iterator[str]:
+        for _, block in blocks(self.data): yield from map(_text, block.decode().removesuffix("\n").split("\n"))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence) or isinstance(other, str): return NotImplemented

@@ -58,15 +58,15 @@ def _bad_line(name: str, row: int, line: bytes) -> ValueError:
                       "lines alike [query, [passage, score], ...] with finite scores, got "
                       f"{line.decode(errors='replace').strip()!r:.200}. Correct the line.")
 
-# %% ../nbs/05_data_triples.ipynb #49282fca
+# %% ../nbs/05_data_triples.ipynb #07604063
 def read_triples(
     path: str | Path,       # JSON lines, as colbert-ai has them
     queries: TextFile,      # whose numbers the first column names
     n_passages: int,        # passages are numbered from 0 to below this
 ) -> tuple[np.ndarray, np.ndarray | None]:  # int32 (n, 1 + nway) of positions, -1 where a row is shorter; float32 (n, nway) or None
     "Triples and their teacher scores, in blocks of bytes. Raises `ValueError` naming the line."
-    path, ids = Path(path), np.arange(len(queries)) if queries.numbers is None else queries.numbers
-    order, data, done, kinds = np.argsort(ids), contents(path), 0, set()
+    path, data, ids, done, kinds = Path(path), contents(Path(path)), queries.numbers, 0, set()
+    order = None if ids is None else np.argsort(ids)
     n = sum(len(line_bounds(block)[0]) for _, block in blocks(data))
     triples, scores = np.full((n, 3), -1, np.int32), None
     for _, block in blocks(data):
@@ -76,8 +76,8 @@ def read_triples(
         table[inside] = values
         kinds.add(scored)
         passages, given = (table[:, 1::2], table[:, 2::2].astype(np.float32)) if scored else (table[:, 1:], None)
-        query = order[np.searchsorted(ids, table[:, 0], sorter=order).clip(max=len(ids) - 1)]
-        bad = (ids[query] != table[:, 0]) | (passages >= n_passages).any(1) | (len(kinds) > 1)
+        query = table[:, 0] if ids is None else order[np.searchsorted(ids, table[:, 0], sorter=order).clip(max=len(ids) - 1)]
+        bad = (query >= len(queries) if ids is None else ids[query] != table[:, 0]) | (passages >= n_passages).any(1) | (len(kinds) > 1)
         if scored: bad |= ~np.isfinite(given).all(1)
         if bad.any():
             row = int(np.flatnonzero(bad)[0])
