@@ -27,12 +27,12 @@ from .training_folder import BEST, LOG_FILE
 
 log = logging.getLogger(__name__)
 
-# %% ../nbs/07_colbert_ai.ipynb #f3d81f10
+# %% ../nbs/07_colbert_ai.ipynb #d644f81f
 def check_groups(
     data: TrainingData,
     nway: int | None = None,  # passages of a triple that are used, the positive among them; None: all
 ) -> int:  # nway
-    "Raises ValueError, naming the row, for triples that are not groups of one size, or whose teacher scores have gaps."
+    "Raises ValueError, naming the row, for triples that are not groups of one size, or that point outside."
     passages = data.triples[:, 1:]                                             # (triples, nway), -1 where a row is shorter
     sizes = (passages >= 0).cumprod(1).sum(1)
     nway = int(sizes.max(initial=0)) if nway is None else nway
@@ -47,9 +47,6 @@ def check_groups(
         row = int(np.flatnonzero(outside)[0])
         raise ValueError(f"triple {row}: expected positions in {len(data.queries)} queries and {len(data.corpus)} passages, "
                          f"got {data.triples[row].tolist()}; correct this triple")
-    if data.scores is not None and (gaps := np.flatnonzero(~np.isfinite(data.scores[:, :nway]).all(1))).size:
-        raise ValueError(f"triple {gaps[0]}: expected a teacher score for each of its passages, got "
-                         f"{data.scores[gaps[0]].tolist()}; score all triples, or none")
     return nway
 
 # %% ../nbs/07_colbert_ai.ipynb #b8e60e0a
@@ -137,7 +134,7 @@ def write_start(
         write_json(folder / "config.json", config | rates)
     return folder
 
-# %% ../nbs/07_colbert_ai.ipynb #3727816c
+# %% ../nbs/07_colbert_ai.ipynb #ff690bde
 def train_with_colbert_ai(
     model: ColBERT,  # float32, with query expansion; holds the trained weights afterwards, and is untouched after an error
     data: TrainingData | str | Path,  # or the folder that `colbert_nb.data` wrote; with teacher scores colbert-ai distils
@@ -174,7 +171,7 @@ def train_with_colbert_ai(
                          f"is not full; pass batch_size={len(order)} or less")
     if (run / BEST).exists():
         raise ValueError(f"expected a new run, got {str(run)!r}, which holds {BEST!r}; take another folder")
-    own = run.resolve() / "colbert-ai"
+    own, made = run.resolve() / "colbert-ai", not run.exists()
     shutil.rmtree(own, ignore_errors=True)
     own.mkdir(parents=True)
     saved = own / "colbert-ai/train/run/checkpoints/colbert"
@@ -204,6 +201,8 @@ def train_with_colbert_ai(
             error.add_note(f"colbert-ai's last checkpoint is {saved}")
         else:
             shutil.rmtree(own, ignore_errors=True)
+            if made and not any(run.iterdir()):
+                run.rmdir()
         raise
     shutil.rmtree(own)
     return run / BEST
