@@ -13,8 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import (AutoModel, AutoTokenizer, BertConfig, BertForMaskedLM, BertModel, DistilBertConfig,
-                          DistilBertModel, GPT2Config, GPT2Model, RobertaConfig, T5Config, T5Model, ViTConfig)
+from transformers import (AlbertConfig, AutoModel, AutoTokenizer, BertConfig, BertForMaskedLM, BertModel, DebertaV2Config,
+                          DistilBertConfig, DistilBertModel, ElectraConfig, GPT2Config, ModernBertConfig, MPNetConfig, RobertaConfig,
+                          T5Config, ViTConfig)
 
 from colbert_nb import encoder_files
 from colbert_nb.corpus import minilm_path
@@ -276,6 +277,28 @@ def test_other_families_and_heads(tmp_path, tokenizer):
         same(load(folder).encode_documents(DOCUMENTS), first.encode_documents(DOCUMENTS))
     again = load(tmp_path / "masked", dim=16).save_pretrained(tmp_path / "again")
     assert contents(again) == contents(tmp_path / "masked_colbert")
+
+
+FAMILY = dict(SMALL, vocab_size=30522, pad_token_id=0)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("config", [
+    RobertaConfig(**FAMILY), MPNetConfig(**FAMILY), ElectraConfig(embedding_size=32, **FAMILY), AlbertConfig(embedding_size=32, **FAMILY),
+    DebertaV2Config(relative_attention=True, position_buckets=8, pos_att_type=["p2c", "c2p"], **FAMILY),
+    ModernBertConfig(bos_token_id=101, cls_token_id=101, eos_token_id=102, sep_token_id=102, **FAMILY)], ids=lambda c: c.model_type)
+def test_every_trainable_weight_of_a_family_gets_a_gradient(config, tmp_path, tokenizer):
+    "Several processes that train together wait for every weight that says it is trained."
+    torch.manual_seed(0)
+    AutoModel.from_config(config).save_pretrained(tmp_path / "plain")
+    tokenizer.save_pretrained(tmp_path / "plain")
+    model = load(tmp_path / "plain", dim=16, doc_maxlen=40)
+    again = load(model.save_pretrained(tmp_path / "colbert"))
+    same(again.encode_documents(DOCUMENTS), model.encode_documents(DOCUMENTS))
+    direction = torch.randn(16, generator=torch.Generator().manual_seed(0))
+    (model(model.tokenizer.documents(DOCUMENTS)) @ direction).square().sum().backward()
+    assert not [name for name, weight in model.named_parameters() if weight.requires_grad and weight.grad is None]
+    assert {name.split(".")[1] for name, weight in model.named_parameters() if not weight.requires_grad} <= {"pooler"}
 
 
 # what is refused
