@@ -10,7 +10,7 @@ import logging
 import os
 import random
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,8 +20,9 @@ log = logging.getLogger(__name__)
 # %% ../nbs/04_trainer.ipynb #48c82811
 def choose_device(
     n_usable_gpus: int = -1,  # 0: the CPU; -1: whatever there is; 1 or more: that many GPUs must be there
+    process: int | None = None,  # this process among those of its host; None: what torchrun said, else alone
 ) -> torch.device:
-    "The one device this process uses. ValueError for more GPUs than there are, and for numbers below -1."
+    "The one device this process uses. ValueError for more GPUs than there are, for numbers below -1, for a process without a GPU."
     if isinstance(n_usable_gpus, bool) or not isinstance(n_usable_gpus, int) or n_usable_gpus < -1:
         raise ValueError(f"n_usable_gpus must be -1 (all), 0 (CPU) or a number of GPUs, got {n_usable_gpus!r}.")
     kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -31,9 +32,15 @@ def choose_device(
                          "0 uses the CPU, -1 uses what there is.")
     if n_usable_gpus == 0 or not found:
         return torch.device("cpu")
-    if found > 1 and n_usable_gpus != 1:
-        log.warning("one process uses one GPU, the first of %d; this version does not train on several", found)
-    return torch.device(kind, 0) if kind == "cuda" else torch.device(kind)
+    usable = found if n_usable_gpus == -1 else n_usable_gpus
+    alone = process is None and "LOCAL_RANK" not in os.environ
+    process = int(os.environ.get("LOCAL_RANK", 0)) if process is None else process
+    if process >= usable:
+        raise ValueError(f"expected a GPU for each process of this host, got process {process} and {usable} usable GPUs; "
+                         f"start {usable} processes: torchrun --nproc-per-node {usable} script.py")
+    if usable > 1 and alone:
+        log.warning("one process uses one GPU, the first of %d; all train with: torchrun --nproc-per-node %d script.py", usable, usable)
+    return torch.device(kind, process) if kind == "cuda" else torch.device(kind)
 
 # %% ../nbs/04_trainer.ipynb #e2fe36ac
 class Preset(int):
@@ -60,8 +67,8 @@ def clean_documents(
 # %% ../nbs/04_trainer.ipynb #bca12520
 def report_truncation(
     tokenizer: "ColBERTTokenizer",  # with the lengths that texts are cut to
-    queries: list[str],
-    corpus: list[str],
+    queries: Sequence[str],
+    corpus: Sequence[str],
     *,
     sample: int = 2000,  # texts of each kind that are looked at, drawn by seed
     seed: int = 42,
@@ -70,7 +77,7 @@ def report_truncation(
     from colbert_nb.tokenization import truncated_share
 
     draw = random.Random(seed)
-    some = [draw.sample(texts, sample) if len(texts) > sample else texts for texts in (queries, corpus)]
+    some = [[texts[i] for i in draw.sample(range(len(texts)), sample)] if len(texts) > sample else list(texts) for texts in (queries, corpus)]
     shares = truncated_share(tokenizer, *some)
     for kind, name in (("queries", "query_maxlen"), ("documents", "doc_maxlen")):
         log.log(logging.WARNING if shares[kind] > 0.1 else logging.INFO,
@@ -83,18 +90,17 @@ def length_tokenizer(
     name_or_path: str | os.PathLike,  # as for `RAGTrainer`
 ) -> "ColBERTTokenizer":
     "A tokenizer that counts: the model's own, with a checkpoint's lengths or the defaults. No weights are read."
-    from transformers import AutoTokenizer
-
     from colbert_nb.encoder import DEFAULTS
-    from colbert_nb.encoder_files import is_colbert_checkpoint, read_metadata
+    from colbert_nb.encoder_files import check_encoder, is_colbert_checkpoint, load_tokenizer, locate_model, read_metadata
     from colbert_nb.tokenization import ColBERTTokenizer
 
-    folder = Path(name_or_path).expanduser()
+    folder = locate_model(name_or_path, config_only=True)
     stored = read_metadata(folder) if is_colbert_checkpoint(folder) else DEFAULTS
-    tokenizer = AutoTokenizer.from_pretrained(folder if folder.is_dir() else name_or_path)
+    tokenizer = load_tokenizer(folder, check_encoder(folder))
     marker = tokenizer.all_special_tokens[0]
     return ColBERTTokenizer(tokenizer, query_maxlen=stored["query_maxlen"], doc_maxlen=stored["doc_maxlen"],
-                            query_token_id=marker, doc_token_id=marker, query_expansion=False)
+                            query_token_id=marker, doc_token_id=marker, query_expansion=False,
+                            skip_punctuation_before_encoding=stored["skip_punctuation_before_encoding"])
 
 # %% ../nbs/04_trainer.ipynb #f795dc1b
 class RAGTrainer:
@@ -123,10 +129,10 @@ class RAGTrainer:
             raise ValueError(f"pretrained_model_name: expected a folder or a Hub id, got {pretrained_model_name!r}.")
         check_encoder(pretrained_model_name)
         self.collection: list[str] = []  # passages beyond those of the rows
-        self.queries: list[str] = []  # filled by prepare_training_data
-        self.triples: list[list[int]] = []  # filled by prepare_training_data
+        self.queries: Sequence[str] = []  # filled by prepare_training_data
+        self.triples: "Sequence[Sequence[int]] | np.ndarray" = []  # (n, 1 + nway), filled by prepare_training_data
         self.data_dir: Path | None = None  # set by prepare_training_data
-        self.miner: "HardNegativeMiner | None" = None  # set by prepare_training_data: what mined, and its embeddings
+        self.miner: "HardNegativeMiner | None" = None  # set by prepare_training_data in process 0: what mined, and its embeddings
         self.model_path: Path | None = None  # set by train
 
     def add_documents(self, documents: Iterable[str | Mapping]) -> None:
@@ -150,25 +156,31 @@ class RAGTrainer:
         hard_negative_maximum_rank: int | None = None,  # None: 100 beyond the minimum
         validation_data: Iterable | None = None,  # rows as in raw_data; None: held out of raw_data
         validation_fraction: float = 0.1,  # share of the queries held out, at most 200 queries
+        nway: int = 2,  # passages of a row: a positive and nway - 1 negatives
         seed: int = 42,
     ) -> Path:  # the data folder
         "Rows to training files in colbert-ai's format. ValueError as in `colbert_nb.data.prepare`, before a model is loaded."
         from colbert_nb.data import load_training_data, prepare
         from colbert_nb.mining import HardNegativeMiner, hard_negative_model_name
+        from colbert_nb.training_scale import on_rank_0
 
-        self.miner = None
-        if mine_hard_negatives and num_new_negatives > 0:
-            model = hard_negative_model
-            if model is None:
-                model = hard_negative_model_name(self.language_code, hard_negative_model_size)
-            last = hard_negative_minimum_rank + 100 if hard_negative_maximum_rank is None else hard_negative_maximum_rank
-            self.miner = HardNegativeMiner(model, min_rank=hard_negative_minimum_rank, max_rank=last, seed=seed,
-                                           device=self.device)
         documents = self.collection + ([] if all_documents is None else clean_documents(all_documents, "all_documents"))
-        self.data_dir = Path(prepare(
-            raw_data, data_out_path, all_documents=documents or None, miner=self.miner, num_new_negatives=num_new_negatives,
-            pairs_with_labels=pairs_with_labels, positive_label=positive_label, negative_label=negative_label,
-            validation_data=validation_data, validation_fraction=validation_fraction, seed=seed))
+        self.miner = None
+
+        def mine_and_write() -> Path:
+            if mine_hard_negatives and num_new_negatives > 0:
+                model = hard_negative_model
+                if model is None:
+                    model = hard_negative_model_name(self.language_code, hard_negative_model_size)
+                last = hard_negative_minimum_rank + 100 if hard_negative_maximum_rank is None else hard_negative_maximum_rank
+                self.miner = HardNegativeMiner(model, min_rank=hard_negative_minimum_rank, max_rank=last, seed=seed,
+                                               device=self.device)
+            return Path(prepare(
+                raw_data, data_out_path, all_documents=documents or None, miner=self.miner, num_new_negatives=num_new_negatives,
+                nway=nway, pairs_with_labels=pairs_with_labels, positive_label=positive_label, negative_label=negative_label,
+                validation_data=validation_data, validation_fraction=validation_fraction, seed=seed))
+
+        self.data_dir = on_rank_0(mine_and_write)
         data = load_training_data(self.data_dir)
         self.queries, self.triples = data.queries, data.triples
         report_truncation(length_tokenizer(self.pretrained_model_name), data.queries, data.corpus, seed=seed)
@@ -191,6 +203,7 @@ class RAGTrainer:
         query_expansion: bool | None = None,  # None: True, or the checkpoint's own
         mask_punctuation: bool | None = None,  # None: True, or the checkpoint's own
         attend_to_mask_tokens: bool | None = None,  # None: False, or the checkpoint's own
+        skip_punctuation_before_encoding: bool | None = None,  # documents as Vespa feeds them; None: False, or the checkpoint's own
         init: str = "pca",  # how a plain encoder's new projection starts: "pca" or "random"
         epochs: int = 1,
         output_dir: str | os.PathLike = "runs",
@@ -198,12 +211,13 @@ class RAGTrainer:
         overwrite: bool = False,  # replace a run of this name
         seed: int = 42,
         keep: int = 2,  # checkpoints kept beside the best
-        **training_args,  # anything else that `colbert_nb.training.train_colbert` takes
+        **training_args,  # anything else that `train_colbert` takes: loss, matryoshka_dims, validation_metric, engine, ...
     ) -> Path:  # the best checkpoint
-        "Train on the prepared data. ValueError without data, and as in `colbert_nb.training.train_colbert`."
+        "Train on the prepared data. ValueError without data, and errors as in `colbert_nb.training_run.train_colbert`."
         from colbert_nb.data import load_training_data
         from colbert_nb.encoder import ColBERT
         from colbert_nb.training_run import check_training, train_colbert
+        from colbert_nb.training_scale import on_rank_0
 
         if use_relu:
             log.warning("use_relu is stored in the checkpoint and, as in colbert-ai, has no effect")
@@ -212,11 +226,12 @@ class RAGTrainer:
                        learning_rate=learning_rate, warmup_steps=warmup_steps, accumsteps=accumsteps, resume=resume,
                        overwrite=overwrite, seed=seed, keep=keep, **training_args)
         data = load_training_data(self._prepared())
-        check_training(len(data.triples), run, **options)
+        on_rank_0(lambda: check_training(len(data.triples), run, **options))
         model = ColBERT.from_pretrained(
             self.pretrained_model_name, dim=given(dim), init=init, sample=data.corpus, query_maxlen=given(query_maxlen),
             doc_maxlen=given(doc_maxlen), mask_punctuation=mask_punctuation, query_expansion=query_expansion,
-            attend_to_mask_tokens=attend_to_mask_tokens, device=self.device, seed=seed)
+            attend_to_mask_tokens=attend_to_mask_tokens, skip_punctuation_before_encoding=skip_punctuation_before_encoding,
+            device=self.device, seed=seed)
         report_truncation(model.tokenizer, data.queries, data.corpus, seed=seed)
         model.config.configure(nbits=nbits, relu=use_relu, use_ib_negatives=use_ib_negatives)
         self.model_path = train_colbert(model, data, run, **options)
@@ -225,15 +240,21 @@ class RAGTrainer:
     def export_training_data(self, path: str | os.PathLike) -> Path:  # the new folder
         "Copy the prepared files to `path`, whole or not at all. ValueError without data, and for a folder of other files."
         from colbert_nb.data import check_folder, load_training_data
-        from colbert_nb.encoder_files import replace_folder
+        from colbert_nb.files import whole_folder
+        from colbert_nb.training_scale import on_rank_0
 
-        source, target = self._prepared(), check_folder(path)
-        load_training_data(source)
-        if target.resolve() != source.resolve():
-            with replace_folder(target, {file.name for file in source.iterdir()}, lambda _: True) as new:
-                for file in sorted(source.iterdir()):
-                    shutil.copyfile(file, new / file.name)
-        return target
+        source = self._prepared()
+
+        def copy() -> Path:
+            target = check_folder(path)
+            load_training_data(source)
+            if target.resolve() != source.resolve():
+                with whole_folder(target) as new:
+                    for file in sorted(source.iterdir()):
+                        shutil.copyfile(file, new / file.name)
+            return target
+
+        return on_rank_0(copy)
 
     def _prepared(self) -> Path:
         "The data folder. ValueError if there is none."

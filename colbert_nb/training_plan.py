@@ -187,7 +187,7 @@ def check_settings(**values) -> None:
     optional = ("None or a whole number of 1 or more", lambda x: x is None or whole(x, 1))
     yes_or_no = ("True or False", lambda x: isinstance(x, bool))
     ranges = {"learning_rate": positive, "max_grad_norm": positive, "chunk_size": count, "validation_passages": count,
-              "early_stopping_patience": optional, "shuffle": yes_or_no, "tokenize_ahead": yes_or_no,
+              "mini_batch_size": optional, "early_stopping_patience": optional, "shuffle": yes_or_no, "tokenize_ahead": yes_or_no,
               "dropout": ("None or a number from 0 to below 1", lambda x: x is None or number(x) and 0 <= x < 1),
               "bf16": ("'auto', True or False", lambda x: x == "auto" or isinstance(x, bool)),
               "keep": ("a whole number of 1 or more", lambda x: whole(x, 1)),

@@ -192,7 +192,7 @@ class ColBERTTrainer(Trainer):
         best = scores.gather(1, target.positives[:, None])[:, 0]
         others = scores.masked_fill(~target.allowed, -torch.inf).scatter(1, target.positives[:, None], -torch.inf).amax(1)
         there = others > -torch.inf
-        self.seen.append(torch.stack([best.sum(), others.masked_fill(~there, 0.0).sum(), (best == best).sum(), there.sum()]))
+        self.seen.append(torch.stack([best.sum(), others.masked_fill(~there, 0.0).sum(), best.new_tensor(len(best)), there.sum()]))
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         metrics = {f"eval_{self.args.metric_for_best_model}": on_rank_0(self.validate)}
@@ -339,7 +339,7 @@ def train_colbert(
         from colbert_nb.colbert_ai import train_with_colbert_ai
         return train_with_colbert_ai(
             model, data, run, batch_size=plan.batch_size, accumsteps=plan.accumsteps, maxsteps=plan.steps, learning_rate=learning_rate,
-            warmup_steps=plan.warmup_steps, use_ib_negatives=use_ib_negatives, order=list(triples), dropout=dropout,
+            warmup_steps=plan.warmup_steps, use_ib_negatives=use_ib_negatives, order=[triples[i] for i in range(plan.n_items)], dropout=dropout,
             amp=None if bf16 == "auto" else bf16, progress=progress)
 
     limit = max(500, 2 * args.eval_steps * plan.batch_size) if validation_passages == "auto" else validation_passages
@@ -356,9 +356,10 @@ def train_colbert(
     attention = model.encoder.config._attn_implementation
     bar = tqdm(unit="step", disable=True if processes.rank else None if progress is None else not progress)
     stop = [EarlyStoppingCallback(early_stopping_patience)] if early_stopping_patience else []
+    module = TrainingModule(model, dropout, dims, gather_passages if processes.world_size > 1 else None)
     trainer = ColBERTTrainer(
-        TrainingModule(model, dropout, dims, gather_passages if processes.world_size > 1 else None), args, collator, triples, data.validation or None, loss=loss, validate=validation_value,
-        keep=keep, tokenize_ahead=tokenize_ahead, mini_batch_size=mini_batch_size, callbacks=[Flow(bar), *stop, *callbacks])
+        module, args, collator, triples, data.validation or None, loss=loss, validate=validation_value, keep=keep,
+        tokenize_ahead=tokenize_ahead, mini_batch_size=mini_batch_size, callbacks=[Flow(bar), *stop, *callbacks])
     try:
         with told(run):
             model.encoder.set_attn_implementation(chosen.attn_implementation)

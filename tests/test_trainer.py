@@ -121,7 +121,7 @@ def test_collection_and_documents_reach_the_data_and_the_collection_stays(tiny, 
     assert "from the collection" in corpus and "from the call" in corpus
     assert trainer.collection == ["from the collection"]
     assert files == {file.name: file.read_bytes() for file in prepare().iterdir()}
-    assert len(trainer.queries) == 22 and trainer.triples
+    assert len(trainer.queries) == 22 and len(trainer.triples)
     with pytest.raises(ValueError, match="all_documents"):
         trainer.prepare_training_data(PAIRS, all_documents="text", data_out_path=tmp_path / "data")
 
