@@ -19,13 +19,13 @@ from .data_arrays import Positives, TextFile, blocks, contents, line_bounds
 
 if TYPE_CHECKING: from colbert_nb.data_files import TrainingData
 
-# %% ../nbs/05_data_triples.ipynb #0b5e5396
+# %% ../nbs/05_data_triples.ipynb #b9c5ce93
 _ID, _REAL = rb"(?:0|[1-9][0-9]{0,17}+)", rb"-?(?:0|[1-9][0-9]*+)(?:\.[0-9]++)?(?:[eE][+-]?[0-9]++)?"
 _PLAIN = re.compile(rb"(?:\[%s(?:, ?%s){2,}+\]\r?\n)*+" % (_ID, _ID))
 _SCORED = re.compile(rb"(?:\[%s(?:, ?\[%s, ?%s\]){2,}+\]\r?\n)*+" % (_ID, _ID, _REAL))
 _BLANKS = bytes.maketrans(b"[],\r\n", b"     ")
 
-def _parse(block: bytes, name: str, first: int) -> tuple[np.ndarray, np.ndarray, bool]:
+def _parse(block: bytes) -> tuple[np.ndarray, np.ndarray, bool]:
     "The numbers of a block of JSON lines, how many each line has, and whether they come with scores."
     if not block.endswith(b"\n"): block += b"\n"
     scored = not _PLAIN.fullmatch(block)
@@ -34,31 +34,29 @@ def _parse(block: bytes, name: str, first: int) -> tuple[np.ndarray, np.ndarray,
         commas = np.flatnonzero(codes == ord(","))
         counts = np.diff(np.searchsorted(commas, np.flatnonzero(codes == ord("\n"))), prepend=0) + 1
         return np.fromstring(block.translate(_BLANKS), np.float64 if scored else np.int64, sep=" "), counts, scored
-    return _parse_slowly(block, name, first)
+    return _parse_slowly(block)
 
-def _parse_slowly(block: bytes, name: str, first: int) -> tuple[np.ndarray, np.ndarray, bool]:
-    "The same for JSON of other spacing, or to name the line that is at fault."
-    values, counts, kinds = [], [], set()
+def _parse_slowly(block: bytes) -> tuple[np.ndarray, np.ndarray, bool]:
+    "The same for JSON of other spacing. A line that is no row becomes one of the query -1, and ends the block."
+    values, counts, scored = [], [], None
     is_id = lambda value: type(value) is int and 0 <= value < 10**18
-    for row, line in enumerate(block.removesuffix(b"\n").split(b"\n")):
+    for line in block.removesuffix(b"\n").split(b"\n"):
         try: query, *passages = json.loads(line)
         except (ValueError, TypeError): query, passages = None, []
-        plain = all(map(is_id, passages))
         pairs = all(type(p) is list and len(p) == 2 and is_id(p[0]) and type(p[1]) in (int, float) for p in passages)
-        kinds.add(pairs)
-        if not is_id(query) or len(passages) < 2 or not plain and not pairs or len(kinds) > 1:
-            raise _bad_line(name, first + row, line)
-        parts = passages if plain else [value for pair in passages for value in pair]
+        if not is_id(query) or len(passages) < 2 or not (pairs or all(map(is_id, passages))) or scored not in (None, pairs):
+            return np.array([*values, -1.0 if scored else -1]), np.array([*counts, 1]), bool(scored)
+        parts, scored = [value for pair in passages for value in pair] if pairs else passages, pairs
         values += [query, *parts]
         counts.append(1 + len(parts))
-    return np.array(values, np.float64 if True in kinds else np.int64), np.array(counts), True in kinds
+    return np.array(values, np.float64 if scored else np.int64), np.array(counts), scored
 
 def _bad_line(name: str, row: int, line: bytes) -> ValueError:
     return ValueError(f"{name} line {row + 1}: expected [query, positive, negative, ...], ids of the other two files, or in all "
                       "lines alike [query, [passage, score], ...] with finite scores, got "
                       f"{line.decode(errors='replace').strip()!r:.200}. Correct the line.")
 
-# %% ../nbs/05_data_triples.ipynb #07604063
+# %% ../nbs/05_data_triples.ipynb #29c07209
 def read_triples(
     path: str | Path,       # JSON lines, as colbert-ai has them
     queries: TextFile,      # whose numbers the first column names
@@ -70,14 +68,15 @@ def read_triples(
     n = sum(len(line_bounds(block)[0]) for _, block in blocks(data))
     triples, scores = np.full((n, 3), -1, np.int32), None
     for _, block in blocks(data):
-        values, counts, scored = _parse(block, path.name, done)
+        values, counts, scored = _parse(block)
         inside = np.arange(counts.max()) < counts[:, None]  # (lines, numbers of the longest line)
         table = np.full(inside.shape, -1, values.dtype)
         table[inside] = values
         kinds.add(scored)
         passages, given = (table[:, 1::2], table[:, 2::2].astype(np.float32)) if scored else (table[:, 1:], None)
         query = table[:, 0] if ids is None else order[np.searchsorted(ids, table[:, 0], sorter=order).clip(max=len(ids) - 1)]
-        bad = (query >= len(queries) if ids is None else ids[query] != table[:, 0]) | (passages >= n_passages).any(1) | (len(kinds) > 1)
+        unknown = (query < 0) | (query >= len(queries)) if ids is None else ids[query] != table[:, 0]
+        bad = unknown | (passages >= n_passages).any(1) | (len(kinds) > 1)
         if scored: bad |= ~np.isfinite(given).all(1)
         if bad.any():
             row = int(np.flatnonzero(bad)[0])
