@@ -113,15 +113,17 @@ def recorded(
         put(stack, training, "print_progress", print_progress)
         yield
 
-# %% ../nbs/07_colbert_ai.ipynb #98ec5e01
+# %% ../nbs/07_colbert_ai.ipynb #502fd0b8
 def write_start(
     model: ColBERT,
     folder: Path,  # a new one
     dropout: float | None = None,  # None: the encoder's own rates; 0: none
 ) -> Path:  # the folder
     "The checkpoint to start from, its dropout rates changed where that is wanted. Raises ValueError for a model that colbert-ai cannot train."
-    for name, value, wanted in (("query_expansion", model.query_expansion, True), ("mask_punctuation", model.config.mask_punctuation, True),
-                                ("dtype", model.linear.weight.dtype, torch.float32), ("auto_map", getattr(model.encoder.config, "auto_map", None), None)):
+    wanted = {"query_expansion": (model.query_expansion, True), "mask_punctuation": (model.config.mask_punctuation, True),
+              "skip_punctuation_before_encoding": (model.tokenizer.skip_punctuation_before_encoding, False),
+              "dtype": (model.linear.weight.dtype, torch.float32), "auto_map": (getattr(model.encoder.config, "auto_map", None), None)}
+    for name, (value, wanted) in wanted.items():
         if value != wanted:
             raise ValueError(f"expected a model with {name}={wanted} for colbert-ai's trainer, got {value}; load it so, or train with ours")
     if torch.cuda.is_available() and model.device.type == "cpu":
@@ -207,7 +209,7 @@ def train_with_colbert_ai(
     shutil.rmtree(own)
     return run / BEST
 
-# %% ../nbs/07_colbert_ai.ipynb #dbf2c6c3
+# %% ../nbs/07_colbert_ai.ipynb #2b7b6170
 TAKEN = {"engine", "batch_size", "accumsteps", "maxsteps", "epochs", "learning_rate", "warmup_steps", "use_ib_negatives", "shuffle", "seed",
          "dropout", "loss", "bf16", "output_dir", "resume", "overwrite", "progress"}
 
@@ -220,6 +222,6 @@ def check_upstream(
         if name not in TAKEN and value != defaults.get(name) and (value or defaults.get(name)):
             raise ValueError(f"expected {name}={defaults.get(name)!r} with engine='colbert-ai', got {value!r}: colbert-ai's trainer has "
                              "no such option; leave it out, or use engine='colbert_nb'")
-    for name, known in (("loss", ("auto", "colbert-ai", "kl")), ("bf16", ("auto", False))):
+    for name, known in (("loss", ("auto", "colbert-ai")), ("bf16", ("auto", False))):
         if options.get(name, "auto") not in known:
             raise ValueError(f"expected {name} as one of {known} with engine='colbert-ai', got {options[name]!r}")

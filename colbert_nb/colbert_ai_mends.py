@@ -7,7 +7,7 @@ __all__ = ['log', 'MENDS', 'import_colbert_ai', 'put', 'mend_model_class', 'mend
            'mend_process_group', 'mend_metadata', 'mend_script_name', 'mend_files', 'LogLines', 'kept_state',
            'upstream_on_this_machine']
 
-# %% ../nbs/07_colbert_ai_mends.ipynb #0254e1c4
+# %% ../nbs/07_colbert_ai_mends.ipynb #def10b4e
 import io
 import logging
 import multiprocessing
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from .encoder_files import SETTINGS, quiet_transformers, write_json
+from .encoder_files import OWN_SETTINGS, SETTINGS, quiet_transformers, write_json
 
 log = logging.getLogger(__name__)
 
@@ -81,13 +81,13 @@ def mend_process_group(stack: ExitStack) -> None:
     if not cuda:
         put(stack, torch.nn.parallel, "DistributedDataParallel", OnCPU)
 
-# %% ../nbs/07_colbert_ai_mends.ipynb #52ac5024
+# %% ../nbs/07_colbert_ai_mends.ipynb #b6143441
 def mend_metadata(stack: ExitStack) -> None:
     "A checkpoint's settings and nothing else: no host name, folder, command line, time or git branch."
     from colbert.infra.config import ColBERTConfig
     def save_for_checkpoint(self, checkpoint_path):
         settings = {name: getattr(self, name) for name in SETTINGS}
-        write_json(Path(checkpoint_path) / "artifact.metadata", settings | {"query_expansion": True})
+        write_json(Path(checkpoint_path) / "artifact.metadata", settings | OWN_SETTINGS)
     put(stack, ColBERTConfig, "save_for_checkpoint", save_for_checkpoint)
 
 # %% ../nbs/07_colbert_ai_mends.ipynb #6d09cd49

@@ -27,6 +27,7 @@ from colbert_nb.data import TrainingData
 from colbert_nb.encoder import ColBERT
 from colbert_nb.scoring import maxsim
 from colbert_nb.training_folder import read_log
+from colbert_nb.training_run import train_colbert
 from tiny import WORDS, fresh
 
 OPTIONS = dict(batch_size=6, learning_rate=1e-3, maxsteps=20, warmup_steps=3)
@@ -152,6 +153,32 @@ def test_any_sequence_is_an_order(encoder, data, tmp_path):
             return i % 12
     train_with_colbert_ai(fresh(encoder), data, tmp_path / "run", order=Endless(), **OPTIONS)
     assert len(losses(tmp_path / "run")) == 2
+
+
+@pytest.mark.parametrize("scored", [False, True])
+@pytest.mark.parametrize("options", [{}, {"accumsteps": 2}, {"use_ib_negatives": False}])
+def test_our_trainer_has_its_losses(encoder, tmp_path, options, scored):
+    scores = (torch.rand(120, 3, generator=torch.Generator().manual_seed(3)) * 6).tolist() if scored else None
+    data, options = made_data(3, n=120, scores=scores), OPTIONS | options | dict(dropout=0.0)
+    train_with_colbert_ai(fresh(encoder), data, tmp_path / "theirs", **options)
+    train_colbert(fresh(encoder), data, tmp_path / "ours", loss="colbert-ai", shuffle=False, bf16=False, **options)
+    theirs, ours = losses(tmp_path / "theirs"), losses(tmp_path / "ours")
+    assert len(ours) == len(theirs) == 20
+    assert max(abs(a - b) for a, b in zip(theirs, ours)) < 1e-3
+
+
+def test_the_engine_of_train_colbert(encoder, data, tmp_path):
+    options = dict(batch_size=6, learning_rate=1e-3, epochs=2, dropout=0.0, engine="colbert-ai")
+    best = train_colbert(fresh(encoder), data, tmp_path / "shuffled", **options, seed=1)
+    assert best == tmp_path / "shuffled" / "best" and len(losses(tmp_path / "shuffled")) == 20
+    ours = train_colbert(fresh(encoder), data, tmp_path / "ours", **options | dict(engine="colbert_nb", bf16=False), loss="colbert-ai", seed=1)
+    assert losses(tmp_path / "shuffled") == pytest.approx(losses(tmp_path / "ours"), abs=1e-3)  # the same seed, the same order
+    assert ours.is_dir()
+    finished = fresh(encoder)
+    assert train_colbert(finished, data, tmp_path / "shuffled", **options, seed=1, resume=True) == best
+    assert torch.equal(finished.linear.weight, ColBERT.from_pretrained(best, device="cpu").linear.weight)
+    with pytest.raises(ValueError, match="mini_batch_size"):
+        train_colbert(fresh(encoder), data, tmp_path / "refused", **options, mini_batch_size=2)
 
 
 # What a run leaves
@@ -333,6 +360,7 @@ def test_groups_of_several_sizes():
 
 
 @pytest.mark.parametrize("options, words", [(dict(query_expansion=False), "query_expansion=True"), (dict(mask_punctuation=False), "mask_punctuation=True"),
+                                            (dict(skip_punctuation_before_encoding=True), "skip_punctuation_before_encoding=False"),
                                             (dict(dtype=torch.bfloat16), "dtype=torch.float32")])
 def test_models_that_colbert_ai_cannot_train(encoder, data, tmp_path, options, words):
     with pytest.raises(ValueError, match=words):
