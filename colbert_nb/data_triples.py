@@ -104,7 +104,7 @@ def read_numbers(
         parts.append(np.fromstring(block.translate(_BLANKS), np.int64, sep=" ").astype(np.int32).reshape(-1, width))
     return np.concatenate([np.zeros((0, width), np.int32), *parts])
 
-# %% ../nbs/05_data_triples.ipynb #4660af1c
+# %% ../nbs/05_data_triples.ipynb #c9c42d6f
 def as_triples(
     rows: Iterable[Sequence[int]],  # [query, positive, negative, ...], or such an array
 ) -> np.ndarray:  # int32 (n, 1 + nway), -1 where a row is shorter
@@ -112,6 +112,8 @@ def as_triples(
     if isinstance(rows, np.ndarray):
         if rows.ndim != 2 or rows.shape[1] < 3 or not np.issubdtype(rows.dtype, np.integer):
             raise ValueError(f"triples: expected whole numbers of shape (n, 3 or more), got {rows.dtype} of shape {rows.shape}.")
+        if rows.size and (rows.max() >= 2**31 or rows.min() < -1):
+            raise ValueError(f"triples: expected positions from 0, and -1 where a row is shorter, got {rows.min()} to {rows.max()}.")
         return rows.astype(np.int32, copy=False)
     rows = list(rows)
     for row, values in enumerate(rows):
