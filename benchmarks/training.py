@@ -67,13 +67,12 @@ def read_data(data: str, n_test: int, seed: int) -> tuple[RetrievalDataset, list
     return dataset, sorted(queries[n_test:]), sorted(queries[:n_test])
 
 
-def mined(dataset: RetrievalDataset, doc_maxlen: int, work: Path) -> dict[int, list[int]]:
-    "Four hard negatives a query, mined with the encoder that is trained, kept in a file."
-    file = work / "mined.json"
+def mined(dataset: RetrievalDataset, file: Path) -> dict[int, list[int]]:
+    "Four hard negatives a query, mined with the encoder that is trained from the first 64 tokens of each passage, kept in a file."
     if not file.is_file():
         from sentence_transformers import SentenceTransformer
         encoder = SentenceTransformer(str(minilm_path()))
-        encoder.max_seq_length = doc_maxlen
+        encoder.max_seq_length = 64
         positives = {q: sorted(judged) for q, judged in dataset.qrels.items()}
         file.write_text(json.dumps(HardNegativeMiner(encoder, index="exact").mine(dataset.queries, dataset.corpus, positives, n=4)))
     return {int(q): passages for q, passages in json.loads(file.read_text()).items()}
@@ -176,27 +175,28 @@ def has_bf16() -> bool:
     return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
 
 
-def measure(names: list[tuple[str, str]], pythons: dict[str, str], job: dict, work: Path) -> dict[tuple[str, str], dict]:
-    "All systems of `names` loaded together, a round each in turn: what each said at its end."
+def measure(systems: list[str], mode: str, pythons: dict[str, str], job: dict, work: Path) -> dict[str, dict]:
+    "All systems loaded together, a round each in turn: what each said at its end. Ours runs as it is constructed but for bf16."
     runners, results = {}, {}
     try:
-        for system, mode in names:
+        for system in systems:
             own = job | {"out": str(work / "runs" / f"{system}-{mode}"), "bf16": mode == "bf16", "same_flags": mode == "same"}
-            runners[system, mode] = Runner(pythons[system], system, own)
-            results[system, mode] = runners[system, mode].event()
-            print(f"{system} ({mode}) is loaded", file=sys.stderr)
+            runners[system] = Runner(pythons[system], system, own)
+        for system in systems:
+            results[system] = runners[system].event()
+        first = results[systems[0]]["scores"]
+        for system, result in results.items():
+            if not torch.allclose(torch.tensor(first), torch.tensor(result["scores"]), rtol=1e-4, atol=1e-4):
+                raise RuntimeError(f"expected the scores of {systems[0]} before training, {first}, got {result['scores']} from {system}")
         for number in range(job["rounds"]):
-            for name in names[number % len(names):] + names[:number % len(names)]:
-                event = runners[name].go()
-                if event["event"] == "round" and (number == job["rounds"] - 1 or event["steps"] == job["max_steps"]):
-                    results[name] |= runners[name].event()
+            for system in systems[number % len(systems):] + systems[:number % len(systems)]:
+                event = runners[system].go()
+                print(f"{system} ({mode}): {event['steps']} steps in {event['used']:.0f} s", file=sys.stderr)
+                if number == job["rounds"] - 1:
+                    results[system] |= runners[system].event()
     finally:
         for runner in runners.values():
             runner.stop()
-    first = results[names[0]]["scores"]
-    for name, result in results.items():
-        if not torch.allclose(torch.tensor(first), torch.tensor(result["scores"]), rtol=1e-4, atol=1e-4):
-            raise RuntimeError(f"expected the scores of {names[0]} before training, {first}, got {result['scores']} from {name}")
     return results
 
 
@@ -232,7 +232,8 @@ def main() -> None:
     parser.add_argument("--envs", type=Path, default=HERE / ".envs")
     parser.add_argument("--work", type=Path, default=HERE / ".work")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/training_DATA.json")
-    parser.add_argument("--prepare", action="store_true", help="make environments, triples and checkpoint, and stop")
+    parser.add_argument("--phase", choices=("all", "prepare", "measure", "report"), default="all",
+                        help="prepare: environments, triples and checkpoint; measure: time and train; report: judge and print")
     args = parser.parse_args()
 
     name = "docs" if args.data == "docs" else Path(args.data).name
@@ -241,40 +242,42 @@ def main() -> None:
     systems = args.systems.split(",")
     pythons = {system: python_of(system, args.envs) for system in systems}
     dataset, train, test = read_data(args.data, args.test_queries, args.seed)
-    negatives = mined(dataset, args.doc_maxlen, work)
+    negatives = mined(dataset, args.work / f"mined-{name}.json")
     n_triples = write_triples(dataset, train, negatives, work / "triples.jsonl", args.seed)
     write_triples(dataset, test, negatives, work / "held_out.jsonl", args.seed)
     held_out = [json.loads(line) for line in (work / "held_out.jsonl").open(encoding="utf-8")][:4 * args.batch_size]
     lengths = {"query_maxlen": args.query_maxlen, "doc_maxlen": args.doc_maxlen}
     if not (work / "initial").is_dir():
         ColBERT.from_pretrained(minilm_path(), dim=128, init="pca", sample=dataset.corpus, seed=args.seed, **lengths).save_pretrained(work / "initial")
-    if args.prepare:
+    if args.phase == "prepare":
         return
 
     modes = [m for m in args.modes.split(",") if m != "bf16" or args.bf16 == "on" or args.bf16 == "auto" and has_bf16()]
-    names = [("ours", "defaults")] if "ours" in systems else []
-    names += [(s, m) for m in modes for s in systems if (s, m) not in names and not (s == "ours" and m == "same")]
-    cuda = torch.cuda.is_available()
     job = {"checkpoint": str(work / "initial"), "triples": str(work / "triples.jsonl"), **lengths, "batch_size": args.batch_size,
            "learning_rate": args.learning_rate, "schedule": "constant_with_warmup", "warmup_steps": 5, "epochs": 10, "max_steps": None,
-           "seconds": args.seconds, "rounds": args.rounds, "loss_step": args.loss_step, "seed": args.seed,
-           "device": "cuda" if cuda else "cpu", "options": {}}
-    raw = measure(names, pythons, job, work)
+           "seconds": args.seconds, "rounds": args.rounds, "loss_step": args.loss_step, "save_every": None, "seed": args.seed,
+           "device": "cuda" if torch.cuda.is_available() else "cpu", "options": {}}
+    for mode in modes if args.phase != "report" else ():
+        (work / f"raw-{mode}.json").write_text(json.dumps(measure(systems, mode, pythons, job, work)))
+    if args.phase == "measure":
+        return
 
     judge = Judge(dataset, test, test_pool(dataset, test, negatives, args.pool, args.seed), held_out, args.batch_size)
     rows = []
-    for (system, mode), result in raw.items():
-        folder, steady = work / "runs" / f"{system}-{mode}", result["seconds"][args.warmup:]
-        median = statistics.median(steady)
-        rows.append({"system": system, "mode": mode, "seconds_per_step": median, "triplets_per_second": args.batch_size / median,
-                     "fastest_step": min(steady), "slowest_step": max(steady), "steps": len(result["seconds"]), "trained_seconds": result["used"],
-                     "peak_mb": result["peak_mb"], "loaded_mb": result["loaded_mb"], "threads": result["threads"],
-                     "loss": judge(folder / "loss_step", **lengths)["loss"] if (folder / "loss_step").is_dir() else None,
-                     "nDCG@10": judge(folder / "final", **lengths)["nDCG@10"], "versions": result["versions"], "all_seconds": result["seconds"]})
-    for row in rows:
-        row["ours_is_faster_by"] = row["seconds_per_step"] / rows[0]["seconds_per_step"]
+    for mode in modes:
+        raw = json.loads((work / f"raw-{mode}.json").read_text())
+        seconds = {system: statistics.median(result["seconds"][args.warmup:]) for system, result in raw.items()}
+        for system, result in raw.items():
+            folder, steady = work / "runs" / f"{system}-{mode}", result["seconds"][args.warmup:]
+            rows.append({
+                "system": system, "mode": mode, "seconds_per_step": seconds[system], "triplets_per_second": args.batch_size / seconds[system],
+                "ours_is_faster_by": seconds[system] / seconds["ours"], "fastest_step": min(steady), "slowest_step": max(steady),
+                "steps": len(result["seconds"]), "trained_seconds": result["used"], "peak_mb": result["peak_mb"],
+                "loaded_mb": result["loaded_mb"], "threads": result["threads"],
+                "loss": judge(folder / "loss_step", **lengths)["loss"] if (folder / "loss_step").is_dir() else None,
+                "nDCG@10": judge(folder / "final", **lengths)["nDCG@10"], "versions": result["versions"], "all_seconds": result["seconds"]})
     before = judge(work / "initial", **lengths)
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("envs", "work", "out", "prepare", "data")}
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("envs", "work", "out", "phase", "data")}
     settings |= {k: job[k] for k in ("schedule", "warmup_steps", "device")} | {"triples": n_triples, "test_queries": len(test), "passages": len(dataset.corpus)}
     result = {"data": name, "date": datetime.date.today().isoformat(), "hardware": hardware(), "settings": settings,
               "bf16": "measured" if "bf16" in modes else "left out: no bf16 instructions" if not has_bf16() else "not asked for",

@@ -1,5 +1,6 @@
 "colbert_nb's `train_colbert`, as a runner (see pacing.py)."
 
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -29,10 +30,10 @@ with torch.inference_mode():
     Q, D = (tokens([row[i] for row in job["rows"][:4]]) for i, tokens in enumerate((model.tokenizer.queries, model.tokenizer.documents)))
     scores = maxsim(model(Q.to(model.device)), model(D.to(model.device)), Q.keep.to(model.device), D.keep.to(model.device)).diagonal().tolist()
 pacer = Pacer(job, lambda: (model.encoder.state_dict(), model.linear.weight),
-              {"torch": torch.__version__, "transformers": transformers.__version__}, scores)
+              {"torch": torch.__version__, "transformers": transformers.__version__, "colbert-nb": version("colbert-nb")}, scores)
 train_colbert(
     model, table(job["rows"]), Path(job["out"]) / "trainer", overwrite=True, batch_size=job["batch_size"], epochs=job["epochs"],
     maxsteps=job["max_steps"] or 500_000, learning_rate=job["learning_rate"], warmup_steps=job["warmup_steps"], seed=job["seed"],
-    shuffle=False, bf16=job["bf16"], lr_scheduler_type=job["schedule"], save_strategy="no", progress=False,
+    shuffle=False, bf16=job["bf16"] or "auto", lr_scheduler_type=job["schedule"], save_strategy="no", progress=False,
     callbacks=[trainer_callback(pacer)], **job["options"])
 pacer.done()

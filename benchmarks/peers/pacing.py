@@ -2,7 +2,7 @@
 
 A runner is one process that trains one system. It prints a line of JSON for each event on standard output: `ready` when
 all is loaded, `round` after each part of its time, `done` at its end; everything that a library prints goes to standard
-error. Before each round it waits for a line on standard input, so that several runners can be loaded and take turns.
+error, from the moment that this file is imported. Before each round it waits for a line on standard input, so that several runners can be loaded and take turns.
 Only torch and safetensors are needed here: every peer's own environment has them."""
 
 import json
@@ -18,11 +18,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 
+EVENTS = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+
+
 def read_job() -> dict:
-    "The job that the first argument holds; standard output is kept for events from here on."
+    "The job that the first argument holds."
     job = json.loads(sys.argv[1])
-    job["events"] = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
     torch.manual_seed(job["seed"])
     with open(job["triples"], encoding="utf-8") as file:
         job["rows"] = [json.loads(line) for line in file]
@@ -52,11 +54,11 @@ class Pacer:
         scores: list[float],  # of the first rows, before training: all systems must give the same
     ):
         self.job, self.weights, self.versions, self.scores = job, weights, versions, scores
-        self.steps, self.losses, self.used, self.rounds, self.last = [], [], 0.0, 0, None
+        self.steps, self.used, self.rounds, self.last = [], 0.0, 0, None
 
     def say(self, event: str, **values) -> None:
-        self.job["events"].write(json.dumps({"event": event, **values}) + "\n")
-        self.job["events"].flush()
+        EVENTS.write(json.dumps({"event": event, **values}) + "\n")
+        EVENTS.flush()
 
     def begin(self) -> None:
         "Right before the first batch is fetched."
@@ -68,14 +70,15 @@ class Pacer:
             raise SystemExit("the caller is gone")
         self.last = time.perf_counter()
 
-    def step(self, loss: float | None = None) -> bool:
+    def step(self) -> bool:
         "After each optimizer step. True: the time is over, train no more."
         seconds = time.perf_counter() - self.last
         self.steps.append(seconds)
-        self.losses.append(loss)
         self.used += seconds
         if len(self.steps) == self.job["loss_step"]:
             self.save("loss_step")
+        if self.job["save_every"] and len(self.steps) % self.job["save_every"] == 0:
+            self.save(f"step-{len(self.steps)}")
         typical = statistics.median(self.steps[-5:])
         over = self.job["max_steps"] is not None and len(self.steps) >= self.job["max_steps"]
         if over or self.job["seconds"] is not None and self.used + typical > (self.rounds + 1) * self.job["seconds"]:
@@ -104,7 +107,7 @@ class Pacer:
     def done(self) -> None:
         peak = peak_mb()
         self.save("final")
-        self.say("done", seconds=self.steps, losses=self.losses, peak_mb=peak, used=self.used)
+        self.say("done", seconds=self.steps, peak_mb=peak, used=self.used)
 
 
 def trainer_callback(pacer: Pacer):

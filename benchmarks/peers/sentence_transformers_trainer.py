@@ -18,7 +18,7 @@ def in_order(dataset, batch_size, drop_last, **kwargs):
 
 
 model = MultiVectorEncoder(job["checkpoint"], device=job["device"])
-Q, D = (encode([row[i] for row in job["rows"][:4]], convert_to_tensor=False)
+Q, D = (encode([row[i] for row in job["rows"][:4]])
         for i, encode in enumerate((model.encode_query, model.encode_document)))
 scores = [float((torch.as_tensor(q) @ torch.as_tensor(d).T).amax(1).sum()) for q, d in zip(Q, D)]
 if job["same_flags"]:
