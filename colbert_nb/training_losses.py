@@ -6,14 +6,14 @@
 __all__ = ['log', 'LOSSES', 'own_scores', 'kl', 'margin_mse', 'own_occurrences', 'in_batch', 'contrastive', 'own_cross_entropy',
            'colbert_ai_in_batch', 'Loss', 'choose_loss', 'check_dims', 'evaluate_dims']
 
-# %% ../nbs/07_training_losses.ipynb #6a758cab
+# %% ../nbs/07_training_losses.ipynb #c96b3b89
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, nn
 import torch
+from torch import Tensor, nn
 
 from .data import TrainingData
 from .encoder import ColBERT
@@ -30,7 +30,7 @@ def own_scores(
     "The scores of each query's own passages, the positive first."
     return scores.gather(1, group.clamp(min=0)).masked_fill(group < 0, -torch.inf)
 
-# %% ../nbs/07_training_losses.ipynb #d2e71064
+# %% ../nbs/07_training_losses.ipynb #9f895412
 def kl(scores: Tensor, target: Target) -> Tensor:
     "KL divergence of the student's softmax over a query's own passages from the teacher's (Santhanam et al. 2022, section 3.2)."
     missing = target.group < 0
@@ -38,7 +38,7 @@ def kl(scores: Tensor, target: Target) -> Tensor:
     teacher = target.teacher.masked_fill(missing, -torch.inf).log_softmax(1)
     return (teacher.exp() * (teacher - student).masked_fill(missing, 0.0)).sum(1)
 
-# %% ../nbs/07_training_losses.ipynb #53d5c5fb
+
 def margin_mse(scores: Tensor, target: Target) -> Tensor:
     "Squared difference of the student's and the teacher's margins, mean over the negatives (Hofstätter et al. 2020)."
     missing = target.group[:, 1:] < 0
@@ -46,7 +46,7 @@ def margin_mse(scores: Tensor, target: Target) -> Tensor:
     error = (own[:, :1] - own[:, 1:]) - (target.teacher[:, :1] - target.teacher[:, 1:])
     return error.masked_fill(missing, 0.0).square().sum(1) / (~missing).sum(1).clamp(min=1)
 
-# %% ../nbs/07_training_losses.ipynb #9b43fa09
+# %% ../nbs/07_training_losses.ipynb #7f39a747
 def own_occurrences(target: Target) -> Tensor:  # (queries, passages)
     "How often each column stands in each query's own row."
     there = target.group >= 0
@@ -55,11 +55,11 @@ def own_occurrences(target: Target) -> Tensor:  # (queries, passages)
 
 
 def in_batch(scores: Tensor, target: Target) -> Tensor:
-    "Cross-entropy of the positive among the other queries' passages; what the teacher scored is left to the teacher."
+    "Cross-entropy of the positive among the other queries' passages; what the teacher has scored is left to the teacher."
     others = target.allowed & (own_occurrences(target) == 0)
     return contrastive_loss(scores, target.positives, others.scatter(1, target.positives[:, None], True), reduction="none")
 
-# %% ../nbs/07_training_losses.ipynb #932acaac
+# %% ../nbs/07_training_losses.ipynb #48ab7ad5
 def contrastive(scores: Tensor, target: Target) -> Tensor:
     "Cross-entropy of the positive among all passages that it may be compared with: `contrastive_loss`, one value a query."
     return contrastive_loss(scores, target.positives, target.allowed, reduction="none")
@@ -71,13 +71,13 @@ def own_cross_entropy(scores: Tensor, target: Target) -> Tensor:
 
 
 def colbert_ai_in_batch(scores: Tensor, target: Target) -> Tensor:
-    "Cross-entropy of the positive against all passages of the other queries, as often as they occur: colbert-ai's `compute_ib_loss`."
+    "Cross-entropy of the positive against all passages of the other rows, as often as they occur: colbert-ai's `compute_ib_loss`."
     positive = target.positives[:, None]
     others = target.occurrences - own_occurrences(target)
     counts = others.scatter_add(1, positive, torch.ones_like(positive))
     return (scores + counts.log()).logsumexp(1) - scores.gather(1, positive)[:, 0]
 
-# %% ../nbs/07_training_losses.ipynb #79757393
+# %% ../nbs/07_training_losses.ipynb #577d4dca
 @dataclass(frozen=True)
 class Loss:
     "A sum of terms, each (queries, passages) scores and a `Target` to a value a query."
@@ -98,7 +98,7 @@ LOSSES = {  # name: terms without and with in-batch negatives
     "margin_mse": ((margin_mse,), (margin_mse, in_batch)),
 }
 
-
+# %% ../nbs/07_training_losses.ipynb #f6090927
 def choose_loss(
     name: str,  # one of `LOSSES`, or "auto": "kl" where the data has teacher scores, "contrastive" where it has none
     data: TrainingData,
