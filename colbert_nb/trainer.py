@@ -134,6 +134,7 @@ class RAGTrainer:
         self.data_dir: Path | None = None  # set by prepare_training_data
         self.miner: "HardNegativeMiner | None" = None  # set by prepare_training_data in process 0: what mined, and its embeddings
         self.model_path: Path | None = None  # set by train
+        self._data: tuple | None = None  # what was read from data_dir, and the state of its files then
 
     def add_documents(self, documents: Iterable[str | Mapping]) -> None:
         "Add passages to the collection, from which negatives are taken. ValueError for what is not text, with its row."
@@ -160,7 +161,7 @@ class RAGTrainer:
         seed: int = 42,
     ) -> Path:  # the data folder
         "Rows to training files in colbert-ai's format. ValueError as in `colbert_nb.data.prepare`, before a model is loaded."
-        from colbert_nb.data import load_training_data, prepare
+        from colbert_nb.data import prepare
         from colbert_nb.mining import HardNegativeMiner, hard_negative_model_name
         from colbert_nb.training_scale import on_rank_0
 
@@ -181,7 +182,7 @@ class RAGTrainer:
                 validation_data=validation_data, validation_fraction=validation_fraction, seed=seed))
 
         self.data_dir = on_rank_0(mine_and_write)
-        data = load_training_data(self.data_dir)
+        data = self._load()
         self.queries, self.triples = data.queries, data.triples
         report_truncation(length_tokenizer(self.pretrained_model_name), data.queries, data.corpus, seed=seed)
         return self.data_dir
@@ -214,7 +215,6 @@ class RAGTrainer:
         **training_args,  # anything else that `train_colbert` takes: loss, matryoshka_dims, validation_metric, engine, ...
     ) -> Path:  # the best checkpoint
         "Train on the prepared data. ValueError without data, and errors as in `colbert_nb.training_run.train_colbert`."
-        from colbert_nb.data import load_training_data
         from colbert_nb.encoder import ColBERT
         from colbert_nb.training_run import check_training, train_colbert
         from colbert_nb.training_scale import on_rank_0
@@ -225,7 +225,7 @@ class RAGTrainer:
         options = dict(batch_size=batch_size, maxsteps=maxsteps, epochs=epochs, use_ib_negatives=use_ib_negatives,
                        learning_rate=learning_rate, warmup_steps=warmup_steps, accumsteps=accumsteps, resume=resume,
                        overwrite=overwrite, seed=seed, keep=keep, **training_args)
-        data = load_training_data(self._prepared())
+        data = self._load()
         on_rank_0(lambda: check_training(len(data.triples), run, **options))
         model = ColBERT.from_pretrained(
             self.pretrained_model_name, dim=given(dim), init=init, sample=data.corpus, query_maxlen=given(query_maxlen),
@@ -255,6 +255,16 @@ class RAGTrainer:
             return target
 
         return on_rank_0(copy)
+
+    def _load(self) -> "TrainingData":
+        "The training data, read and checked once for as long as its files stay what they are."
+        from colbert_nb.data import load_training_data
+
+        folder = self._prepared()
+        files = {file: (file.stat().st_mtime_ns, file.stat().st_size) for file in sorted(folder.iterdir())}
+        if self._data is None or self._data[0] != files:
+            self._data = files, load_training_data(folder)
+        return self._data[1]
 
     def _prepared(self) -> Path:
         "The data folder. ValueError if there is none."

@@ -12,7 +12,7 @@ import colbert_nb.encoder
 import colbert_nb.mining
 import colbert_nb.training_run
 from colbert_nb.corpus import minilm_path
-from colbert_nb.trainer import Preset, RAGTrainer, clean_documents, given, length_tokenizer, report_truncation
+from colbert_nb.trainer import Preset, RAGTrainer, choose_device, clean_documents, given, length_tokenizer, report_truncation
 
 PAIRS = [(f"what is number {i}", f"number {i} follows number {i - 1}, and so on") for i in range(24)]
 
@@ -80,6 +80,33 @@ def test_models_that_are_no_encoders(tmp_path, tiny):
 def test_devices_that_are_none(gpus, tiny):
     with pytest.raises(ValueError, match="n_usable_gpus"):
         RAGTrainer("name", tiny, n_usable_gpus=gpus)
+
+
+def test_each_process_of_torchrun_has_its_gpu(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with caplog.at_level(logging.WARNING):
+        assert choose_device() == torch.device("cuda", 0)
+    assert "torchrun --nproc-per-node 2 script.py" in caplog.text
+    caplog.clear()
+    for rank in (0, 1):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert choose_device() == choose_device(2) == torch.device("cuda", rank) and choose_device(0) == torch.device("cpu")
+    with pytest.raises(ValueError, match="--nproc-per-node 1"):
+        choose_device(1)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="--nproc-per-node 2"):
+        choose_device()
+    assert caplog.text == ""
+
+
+def test_several_negatives_a_row_and_documents_as_in_vespa(tiny, tmp_path):
+    trainer = RAGTrainer("run", tiny, n_usable_gpus=0)
+    trainer.prepare_training_data(PAIRS, data_out_path=tmp_path / "data", mine_hard_negatives=False, num_new_negatives=6, nway=4)
+    assert trainer.triples.shape[1] == 5
+    best = trainer.train(batch_size=4, maxsteps=1, dim=16, output_dir=tmp_path / "runs", skip_punctuation_before_encoding=True)
+    stored = json.loads((best / "artifact.metadata").read_text())
+    assert stored["nway"] == 4 and stored["skip_punctuation_before_encoding"] is True
 
 
 @pytest.mark.parametrize("language", [None, 3, "", ["en"]])

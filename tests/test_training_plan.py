@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from colbert_nb.training_plan import ShuffledTriples, choose_engine, plan_steps, validation_pool
+from colbert_nb.training_plan import ShuffledTriples, advise, check_arguments, choose_engine, plan_steps, validation_pool
 
 
 def test_order_is_by_seed_and_each_pass_holds_every_triple():
@@ -40,3 +40,32 @@ def test_the_engine_follows_the_hardware(monkeypatch):
     assert not choose_engine("cuda:0").bf16
     with pytest.raises(ValueError, match="bfloat16"):
         choose_engine("cuda:0", bf16=True)
+
+
+def test_each_choice_of_the_engine_has_a_reason_and_can_be_overridden():
+    line = str(choose_engine("cpu", bf16=False))
+    for name in ("bf16", "attn_implementation", "dropout", "optim", "chunk_size", "tokenize_ahead"):
+        assert f"{name}=" in line
+    given = dict(bf16=True, attn_implementation="eager", dropout=None, optim="sgd", chunk_size=3, tokenize_ahead=False)
+    engine = choose_engine("cpu", **given)
+    assert {name: getattr(engine, name) for name in given} == given and str(engine).count("as asked") == len(given)
+
+
+def test_order_of_the_data_where_nothing_is_shuffled():
+    triples = ShuffledTriples(4, 10, shuffle=False)
+    assert [triples[i] for i in range(len(triples))] == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
+
+
+def test_advice_follows_size_start_and_settings():
+    small = dict(steps=58, n_items=919, learning_rate=5e-6, query_expansion=True, plain=True)
+    rate, expansion = advise(**small)
+    assert "learning_rate=5e-06" in rate and "0.715 at 5e-5" in rate and "query_expansion=False" in expansion and "0.736" in expansion
+    assert advise(**small | dict(learning_rate=5e-5)) == [expansion] and advise(**small | dict(query_expansion=False)) == [rate]
+    assert advise(**small | dict(plain=False)) == advise(**small | dict(n_items=1_000_000, steps=31_250)) == []
+
+
+def test_further_arguments_are_those_of_transformers():
+    check_arguments({"weight_decay": 0.1, "report_to": "none", "lr_scheduler_type": "cosine"})
+    for given, words in (({"max_steps": 3}, "maxsteps instead of"), ({"data_seed": 1}, "seed instead of"), ({"wieght_decay": 1}, "wieght_decay")):
+        with pytest.raises(ValueError, match=words):
+            check_arguments(given)

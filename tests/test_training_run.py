@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from tiny import OPTIONS, StopAt, difference, fresh, made_data, weights
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from colbert_nb.data import TrainingData
+from colbert_nb.encoder import ColBERT
+from colbert_nb.training import TripleCollator
 from colbert_nb.training_folder import checkpoints, read_log
 from colbert_nb.training_run import check_training, train_colbert
 
@@ -223,3 +226,119 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_last_good_checkpoi
     data.validation.clear()
     with pytest.raises(FloatingPointError, match="checkpoint-4"):
         train_colbert(fresh(encoder), data, tmp_path / "run", callbacks=[Spoil()], **OPTIONS)
+
+
+def test_a_full_disk_ends_a_run_and_room_lets_it_go_on(encoder, data, tmp_path, monkeypatch):
+    train_colbert(fresh(encoder), data, tmp_path / "whole", **OPTIONS)
+    save = torch.save
+
+    def full(content, path, *args, **kwargs):
+        if "checkpoint-6." in str(path) and "scheduler" in str(path):
+            raise OSError(28, "No space left on device")
+        save(content, path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(OSError, match="checkpoint-4, resume=True"):
+            train_colbert(fresh(encoder), data, tmp_path / "run", **OPTIONS)
+    names = {p.name for p in (tmp_path / "run").iterdir()}
+    assert "checkpoint-4" in names and "checkpoint-6" not in names and not any(name.startswith(".") for name in names)
+    train_colbert(fresh(encoder), data, tmp_path / "run", **OPTIONS, resume=True)
+    assert difference(weights(tmp_path / "whole/best"), weights(tmp_path / "run/best")) <= 1e-6
+    assert read_log(tmp_path / "run") == read_log(tmp_path / "whole")
+
+
+def test_nothing_is_left_running_and_rates_come_back(encoder, data, tmp_path, caplog):
+    model = fresh(encoder)
+    rates = [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)]
+    with caplog.at_level("WARNING"), pytest.raises(KeyboardInterrupt):
+        train_colbert(model, data, tmp_path / "run", callbacks=[StopAt(5)], dropout=0.3, **OPTIONS)
+    assert "checkpoint-4, resume=True" in caplog.text
+    assert not [thread for thread in threading.enumerate() if "tokenize_ahead" in thread.name]
+    assert rates == [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)] and not model.training
+
+
+def test_an_error_of_the_thread_comes_out_of_the_call(encoder, data, tmp_path, monkeypatch):
+    call = TripleCollator.__call__
+
+    def spoiled(self, rows):
+        if threading.current_thread() is not threading.main_thread() and 17 in rows:
+            raise OverflowError("triple 17")
+        return call(self, rows)
+
+    monkeypatch.setattr(TripleCollator, "__call__", spoiled)
+    with pytest.raises(OverflowError, match="triple 17"):
+        train_colbert(fresh(encoder), data, tmp_path / "run", **OPTIONS)
+    monkeypatch.undo()
+    train_colbert(fresh(encoder), data, tmp_path / "run", **OPTIONS, resume=True)
+
+
+def test_early_stopping_survives_a_stop(encoder, data, tmp_path, monkeypatch):
+    by_step = {0: 0.1, 2: 0.9, 4: 0.3, 6: 0.2, 8: 0.95, 10: 0.1, 11: 0.1}
+
+    def runs(name, **options):
+        steps = iter(sorted(step for step in by_step if step >= options.pop("start", 0)))
+        monkeypatch.setattr("colbert_nb.training_run.validate", lambda *args, **kwargs: by_step[next(steps)])
+        train_colbert(fresh(encoder), data, tmp_path / name, early_stopping_patience=2, **OPTIONS, **options)
+        return read_log(tmp_path / name)
+
+    class AfterSaving(TrainerCallback):
+        def __init__(self, step):
+            self.step = step
+
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step == self.step:
+                raise KeyboardInterrupt
+
+    whole = runs("whole")
+    assert max(line["step"] for line in whole) == 6
+    for saved in (4, 6):  # between the two bad values, and where stopping was settled and the best not yet written
+        with pytest.raises(KeyboardInterrupt):
+            runs(f"cut{saved}", callbacks=[AfterSaving(saved)])
+        assert runs(f"cut{saved}", resume=True, start=saved + 1) == whole
+        assert difference(weights(tmp_path / f"cut{saved}/best"), weights(tmp_path / "whole/best")) <= 1e-6
+
+
+def test_what_was_picked_and_what_is_advised_is_logged_once(encoder, data, tmp_path, caplog):
+    with caplog.at_level("INFO", "colbert_nb"):
+        best = train_colbert(fresh(encoder), data, tmp_path / "run", **OPTIONS | dict(learning_rate=5e-6), bf16=False)
+    assert caplog.text.count("learning_rate=5e-06 is low") == caplog.text.count("query_expansion=True has") == 1
+    assert caplog.text.count("bf16=False (as asked)") == 1 and "loss contrastive" in caplog.text
+    assert json.loads((tmp_path / "run/run.json").read_text())["settings"]["learning_rate"] == 5e-6
+    caplog.clear()
+    with caplog.at_level("WARNING", "colbert_nb"):
+        train_colbert(ColBERT.from_pretrained(best, device="cpu"), data, tmp_path / "second", **OPTIONS | dict(learning_rate=5e-6))
+    assert "is low" not in caplog.text
+
+
+def test_metric_arguments_and_order_reach_the_run(encoder, data, tmp_path, monkeypatch):
+    seen, call = [], TripleCollator.__call__
+    monkeypatch.setattr(TripleCollator, "__call__", lambda self, rows: seen.extend(rows) or call(self, rows))
+    train_colbert(fresh(encoder), data, tmp_path / "run", shuffle=False, validation_metric="Recall@5", lr_scheduler_type="constant",
+                  matryoshka_dims=[8, 4], loss="colbert-ai", tokenize_ahead=False, **OPTIONS)
+    assert seen == [*range(33), *range(33)]
+    lines = read_log(tmp_path / "run")
+    assert {line["learning_rate"] for line in lines if "loss" in line} == {1e-3} and any("Recall@5" in line for line in lines)
+    settings = json.loads((tmp_path / "run/run.json").read_text())["settings"]
+    assert settings["loss"] == "colbert-ai" and settings["matryoshka_dims"] == [8, 4] and settings["lr_scheduler_type"] == "constant"
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(loss="hinge"), "loss as 'auto'"), (dict(loss="kl"), "teacher"), (dict(matryoshka_dims=[16]), "matryoshka_dims"),
+    (dict(matryoshka_dims=[4, 4]), "matryoshka_dims"), (dict(shuffle=1), "shuffle"), (dict(mini_batch_size=0), "mini_batch_size"),
+    (dict(early_stopping_patience=0), "early_stopping_patience"), (dict(engine="pylate"), "engine"), (dict(bf16="yes"), "bf16"),
+    (dict(engine="colbert-ai", matryoshka_dims=[8]), "engine='colbert-ai'"), (dict(engine="colbert-ai", loss="margin_mse"), "loss"),
+])
+def test_newer_settings_that_cannot_be_meant(model, data, tmp_path, options, words):
+    with pytest.raises(ValueError, match=words):
+        train_colbert(model, data, tmp_path / "run", **OPTIONS | options)
+    with pytest.raises(ValueError, match="validation rows"):
+        train_colbert(model, replace(data, validation=[]), tmp_path / "run", early_stopping_patience=2, **OPTIONS)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tracker_gets_the_log(encoder, data, tmp_path):
+    pytest.importorskip("tensorboardX")
+    train_colbert(fresh(encoder), data, tmp_path / "run", report_to="tensorboard", **OPTIONS)
+    files = [p for p in tmp_path.rglob("events.out.tfevents.*")]
+    assert files and b"nDCG@10" in b"".join(p.read_bytes() for p in files)
