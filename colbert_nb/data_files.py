@@ -6,13 +6,11 @@
 __all__ = ['QUERIES', 'CORPUS', 'TRIPLES', 'QRELS', 'VALIDATION', 'MANIFEST', 'FORMAT', 'shown', 'clean_text', 'check_folder',
            'export_training_data', 'TrainingData', 'load_training_data']
 
-# %% ../nbs/05_data_files.ipynb #bda8d753
+# %% ../nbs/05_data_files.ipynb #cb41c339
 import hashlib
 import json
 import re
 import reprlib
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
