@@ -1,11 +1,11 @@
 """What large training data costs: seconds and memory from the folder to the first batch, and to the first optimiser step.
 
-    python benchmarks/data.py                         # 10^5, 10^6 and 10^7 triples; some two minutes to make the data
+    python benchmarks/data.py                         # 10^5, 10^6 and 10^7 triples; some minutes to make the data
     python benchmarks/data.py --triples 100000        # one size alone
     python benchmarks/data.py --folder FOLDER         # keep the made data there, for another time
 
-The data is made by seed: half as many thousands of queries as there are ten thousands of triples, twenty triples a query,
-one passage for ten triples, passages of some sixty words. It is written by `export_training_data`, as any data is. Each
+The data is made by seed: twenty triples a query, one passage for ten triples, passages of some sixty words; so the largest
+size has half a million queries and a million passages. It is written by `export_training_data`, as any data is. Each
 size is measured in two processes of their own. One loads the folder, checks the triples, builds the collator and makes
 one batch of 32, step by step. The other calls `train_colbert`, which does all this and more, and is stopped after its
 first step; the encoder is a tiny random BERT, so that what is measured is the data. Both report the memory that is theirs
@@ -29,7 +29,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 SIZES = (100_000, 1_000_000, 10_000_000)
 WORDS = 20_000
-BARS = {"seconds": 60.0, "megabytes": 1000.0}  # at the largest size
+BARS = {"seconds": 60.0, "megabytes": 1000.0}  # for ten million triples: to the end of the first step, and of the data
 
 
 def make_data(folder: Path, n_triples: int) -> Path:
@@ -154,6 +154,7 @@ def main() -> None:
     if args.measure:
         print(json.dumps(measure(args.measure[0], *map(Path, args.measure[1:]))))
         return
+    before = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # of an idle machine it is near 0
     with tempfile.TemporaryDirectory() as temporary:
         home = (args.folder or Path(temporary)).resolve()
         home.mkdir(parents=True, exist_ok=True)
@@ -171,6 +172,7 @@ def main() -> None:
                                       stdout=subprocess.PIPE, text=True)
                 rows.append({"triples": n, "mode": mode, "counts": counts, "files_mb": files, **json.loads(done.stdout.splitlines()[-1])})
     result = {"rows": rows, "bars": BARS, "date": datetime.date.today().isoformat(), "processor": processor(), "cores": os.cpu_count(),
+              "load_before": before,
               "python": platform.python_version(), "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -190,7 +192,7 @@ def table(result: dict) -> str:
         parts, train = (next(r for r in result["rows"] if r["triples"] == n and r["mode"] == mode) for mode in ("parts", "train"))
         lines.append(f"| {n:,} | {parts['counts']['passages']:,} | {parts['files_mb']:.0f} | {parts['seconds']:.1f} | {train['seconds']:.1f} "
                      f"| {train['data_mb']:.0f} | {train['anonymous_mb']:.0f} |")
-    return "\n".join(lines) + f"\n\n{result['processor']}, {result['cores']} cores, Python {result['python']}, {result['date']}"
+    return "\n".join(lines) + f"\n\n{result['processor']}, {result['cores']} cores (load {result['load_before']:.1f} before the run), Python {result['python']}, {result['date']}"
 
 
 if __name__ == "__main__":

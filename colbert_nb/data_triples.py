@@ -56,7 +56,7 @@ def _bad_line(name: str, row: int, line: bytes) -> ValueError:
                       "lines alike [query, [passage, score], ...] with finite scores, got "
                       f"{line.decode(errors='replace').strip()!r:.200}. Correct the line.")
 
-# %% ../nbs/05_data_triples.ipynb #29c07209
+# %% ../nbs/05_data_triples.ipynb #129ad162
 def read_triples(
     path: str | Path,       # JSON lines, as colbert-ai has them
     queries: TextFile,      # whose numbers the first column names
@@ -73,7 +73,8 @@ def read_triples(
         table = np.full(inside.shape, -1, values.dtype)
         table[inside] = values
         kinds.add(scored)
-        passages, given = (table[:, 1::2], table[:, 2::2].astype(np.float32)) if scored else (table[:, 1:], None)
+        with np.errstate(over="ignore"):  # a score too large for float32 becomes infinite, and is refused below
+            passages, given = (table[:, 1::2], table[:, 2::2].astype(np.float32)) if scored else (table[:, 1:], None)
         query = table[:, 0] if ids is None else order[np.searchsorted(ids, table[:, 0], sorter=order).clip(max=len(ids) - 1)]
         unknown = (query < 0) | (query >= len(queries)) if ids is None else ids[query] != table[:, 0]
         bad = unknown | (passages >= n_passages).any(1) | (len(kinds) > 1)
@@ -120,7 +121,7 @@ def check_scores(scores: np.ndarray, triples: np.ndarray) -> None:
             raise ValueError(f"scores of triple {row}: expected finite numbers, got {scores[row].tolist()}. Leave the triple out, "
                              "or look at the teacher.")
 
-# %% ../nbs/05_data_triples.ipynb #1298bf01
+# %% ../nbs/05_data_triples.ipynb #143d92a2
 def as_triples(
     rows: Iterable[Sequence[int]],  # [query, positive, negative, ...], or such an array
 ) -> np.ndarray:  # int32 (n, 1 + nway), -1 where a row is shorter
@@ -128,8 +129,8 @@ def as_triples(
     if isinstance(rows, np.ndarray):
         if rows.ndim != 2 or rows.shape[1] < 3 or not np.issubdtype(rows.dtype, np.integer):
             raise ValueError(f"triples: expected whole numbers of shape (n, 3 or more), got {rows.dtype} of shape {rows.shape}.")
-        if rows.size and (rows.max() >= 2**31 or rows.min() < -1):
-            raise ValueError(f"triples: expected positions from 0, and -1 where a row is shorter, got {rows.min()} to {rows.max()}.")
+        if rows.size and (rows.max() >= 2**31 or rows.min() < -2**31):
+            raise ValueError(f"triples: expected positions, got numbers from {rows.min()} to {rows.max()}.")
         return rows.astype(np.int32, copy=False)
     rows = list(rows)
     for row, values in enumerate(rows):
