@@ -75,7 +75,8 @@ def test_overwriting_takes_the_run_and_leaves_what_is_not_its_own(tmp_path):
 @pytest.mark.parametrize("error", [
     OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EDQUOT, "Disk quota exceeded"),
     SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
-    RuntimeError("[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file data/0: file write failed")])
+    RuntimeError("[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file data/0: file write failed"),
+    RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 17728 vs 17616")])
 def test_a_full_disk_is_said_with_the_last_good_checkpoint(tmp_path, error):
     complete(tmp_path, 4)
     with pytest.raises(OSError, match="full .*make room.*checkpoint-4.*resume=True") as caught:
