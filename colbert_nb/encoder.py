@@ -6,7 +6,7 @@
 __all__ = ['log', 'DEFAULTS', 'check_texts', 'default_device', 'pca_projection', 'ColBERT', 'is_colbert_checkpoint',
            'check_encoder']
 
-# %% ../nbs/03_encoder.ipynb #a9a033f6
+# %% ../nbs/03_encoder.ipynb #538d5b44
 import copy
 import logging
 import random
@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .encoder_files import (CHECKPOINT_FILES, OWN_SETTINGS, SETTINGS, check_encoder, colbert_config, is_colbert_checkpoint,
-                                      is_other_late_interaction, is_own_checkpoint, load_backbone, load_tokenizer,
-                                      locate_model, read_metadata, read_projection, replace_folder, write_checkpoint)
+from .encoder_files import (CHECKPOINT_FILES, check_encoder, load_backbone, load_tokenizer, locate_model,
+                                      read_projection, replace_folder, write_checkpoint)
+from .encoder_settings import (OWN_SETTINGS, SETTINGS, colbert_config, is_colbert_checkpoint,
+                                         is_other_late_interaction, is_own_checkpoint, read_metadata)
 from .tokenization import ColBERTTokenizer, TokenBatch
 
 # %% ../nbs/03_encoder.ipynb #6d3c14df
