@@ -66,7 +66,7 @@ def main() -> None:
         curves.append({})
         for system in systems:
             job = {"checkpoint": str(work / "initial"), "triples": str(triples), **lengths, "batch_size": args.batch_size,
-                   "learning_rate": args.learning_rate, "schedule": "constant_with_warmup", "warmup_steps": 5, "epochs": 10,
+                   "learning_rate": args.learning_rate, "schedule": "constant_with_warmup", "warmup_steps": min(5, args.steps // 2), "epochs": 10,
                    "max_steps": args.steps, "seconds": None, "rounds": 1, "loss_step": None, "save_every": args.every, "seed": args.seed,
                    "device": "cpu", "options": {}, "bf16": False, "same_flags": False, "out": str(work / "folds" / f"{system}-{fold}")}
             runner = Runner(pythons[system], system, job)

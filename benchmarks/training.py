@@ -106,7 +106,7 @@ class Judge:
         self.qrels = {i: {place[p]: g for p, g in dataset.qrels[q].items() if p in place} for i, q in enumerate(queries)}
         self.held_out, self.batch_size = held_out, batch_size
 
-    def __call__(self, checkpoint: Path, **lengths) -> dict[str, float]:
+    def __call__(self, checkpoint: Path, **lengths) -> dict[str, float | None]:
         "`loss` is the softmax of a test query's positive among all passages of a batch of test triples."
         model = ColBERT.from_pretrained(checkpoint, **lengths)
         run = search(model, self.queries, self.corpus, k=10, show_progress=False)
@@ -118,7 +118,7 @@ class Judge:
             keep = torch.nn.utils.rnn.pad_sequence([torch.ones(len(d), dtype=torch.bool) for d in D], batch_first=True)
             scores = maxsim(Q, torch.nn.utils.rnn.pad_sequence(D, batch_first=True), None, keep)
             losses.append(float(torch.nn.functional.cross_entropy(scores, torch.arange(len(rows)) * (len(rows[0]) - 1))))
-        return {"nDCG@10": evaluate(run, self.qrels, ["nDCG@10"])["nDCG@10"], "loss": statistics.mean(losses)}
+        return {"nDCG@10": evaluate(run, self.qrels, ["nDCG@10"])["nDCG@10"], "loss": statistics.mean(losses) if losses else None}
 
 
 class Runner:
@@ -130,6 +130,8 @@ class Runner:
         if system == "ours":
             environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
         environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "GIT_PYTHON_REFRESH": "quiet"}
+        if job["same_flags"]:  # what colbert_nb asks of the C library while it trains
+            environment |= {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
         self.log = Path(job["out"]) / "log.txt"
         self.process = subprocess.Popen([python, str(HERE / "peers" / f"{SYSTEMS[system]}.py"), json.dumps(job)], text=True, env=environment,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log.open("w"))

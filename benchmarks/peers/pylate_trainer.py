@@ -31,6 +31,6 @@ pacer = Pacer(job, lambda: (model[0].auto_model.state_dict(), model[1].linear.we
 SentenceTransformerTrainer(
     model=model, train_dataset=Dataset.from_dict(columns), loss=losses.Contrastive(model=model),
     data_collator=utils.ColBERTCollator(model.tokenize), callbacks=[trainer_callback(pacer)],
-    args=SentenceTransformerTrainingArguments(batch_sampler=in_order, **trainer_options(job), **(job["options"] if job["same_flags"] else {})),
+    args=SentenceTransformerTrainingArguments(batch_sampler=in_order, **trainer_options(job), **(dict(optim="adamw_torch_fused", max_grad_norm=2.0) if job["same_flags"] else {})),
 ).train()
 pacer.done()

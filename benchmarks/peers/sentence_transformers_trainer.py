@@ -29,6 +29,6 @@ pacer = Pacer(job, lambda: (model[0].auto_model.state_dict(), next(m.linear.weig
                "sentence-transformers": sentence_transformers.__version__}, scores)
 MultiVectorEncoderTrainer(
     model=model, train_dataset=Dataset.from_dict(columns), callbacks=[trainer_callback(pacer)],
-    args=MultiVectorEncoderTrainingArguments(batch_sampler=in_order, **trainer_options(job), **(job["options"] if job["same_flags"] else {})),
+    args=MultiVectorEncoderTrainingArguments(batch_sampler=in_order, **trainer_options(job), **(dict(optim="adamw_torch_fused", max_grad_norm=2.0) if job["same_flags"] else {})),
 ).train()
 pacer.done()
