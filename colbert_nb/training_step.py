@@ -246,8 +246,7 @@ class ColBERTTrainer(Trainer):
         if state and state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]:
             self.state = state
             return
-        if self.eval_dataset and not checkpoint:
-            self.evaluate()
+        self.args.eval_on_start = bool(self.eval_dataset and not checkpoint)
         self.train(resume_from_checkpoint=str(checkpoint / STATE) if checkpoint else None)
         if self.state.global_step not in checkpoints(self.run):
             self._save_checkpoint(None, None)

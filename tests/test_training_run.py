@@ -338,8 +338,30 @@ def test_newer_settings_that_cannot_be_meant(model, data, tmp_path, options, wor
     assert not (tmp_path / "run").exists()
 
 
-def test_a_tracker_gets_the_log(encoder, data, tmp_path):
+def test_a_tracker_gets_the_log(encoder, data, tmp_path, monkeypatch):
     pytest.importorskip("tensorboardX")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     train_colbert(fresh(encoder), data, tmp_path / "run", report_to="tensorboard", **OPTIONS)
-    files = [p for p in tmp_path.rglob("events.out.tfevents.*")]
-    assert files and b"nDCG@10" in b"".join(p.read_bytes() for p in files)
+    written = b"".join(p.read_bytes() for p in (tmp_path / "run/runs").rglob("events.out.tfevents.*"))
+    assert b"eval/nDCG" in written and b"train/loss" in written and not list((tmp_path / "here").iterdir())
+
+
+def test_a_tracker_is_set_up_before_anything_is_logged(encoder, data, tmp_path):
+    class Tracker(TrainerCallback):
+        events = []
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.events.append("begin")
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            self.events += [(state.global_step, name) for name in logs if name in ("loss", "eval_nDCG@10")]
+
+        def on_train_end(self, args, state, control, **kwargs):
+            self.events.append("end")
+
+    tracker = Tracker()
+    train_colbert(fresh(encoder), data, tmp_path / "run", callbacks=[tracker], **OPTIONS)
+    assert tracker.events[:3] == ["begin", (0, "eval_nDCG@10"), (1, "loss")] and tracker.events[-1] == "end"
+    lines = [(line["step"], name) for line in read_log(tmp_path / "run") for name in ("loss", "nDCG@10") if name in line]
+    assert lines == [(step, name.removeprefix("eval_")) for step, name in tracker.events[1:-1]]
