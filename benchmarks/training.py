@@ -277,7 +277,8 @@ def main() -> None:
                 "steps": len(result["seconds"]), "trained_seconds": result["used"], "peak_mb": result["peak_mb"],
                 "loaded_mb": result["loaded_mb"], "threads": result["threads"],
                 "loss": judge(folder / "loss_step", **lengths)["loss"] if (folder / "loss_step").is_dir() else None,
-                "nDCG@10": judge(folder / "final", **lengths)["nDCG@10"], "versions": result["versions"], "all_seconds": result["seconds"]})
+                "nDCG@10": judge(folder / "final", **lengths)["nDCG@10"], "versions": result["versions"], "all_seconds": result["seconds"],
+                "cpu_seconds_per_step": statistics.median(result["cpu"][args.warmup:]) if "cpu" in result else None})
     before = judge(work / "initial", **lengths)
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("envs", "work", "out", "phase", "data")}
     settings |= {k: job[k] for k in ("schedule", "warmup_steps", "device")} | {"triples": n_triples, "test_queries": len(test), "passages": len(dataset.corpus)}

@@ -54,7 +54,7 @@ class Pacer:
         scores: list[float],  # of the first rows, before training: all systems must give the same
     ):
         self.job, self.weights, self.versions, self.scores = job, weights, versions, scores
-        self.steps, self.used, self.rounds, self.last = [], 0.0, 0, None
+        self.steps, self.cpu, self.used, self.rounds, self.last, self.last_cpu = [], [], 0.0, 0, None, None
 
     def say(self, event: str, **values) -> None:
         EVENTS.write(json.dumps({"event": event, **values}) + "\n")
@@ -68,12 +68,13 @@ class Pacer:
     def _wait(self) -> None:
         if not sys.stdin.readline():
             raise SystemExit("the caller is gone")
-        self.last = time.perf_counter()
+        self.last, self.last_cpu = time.perf_counter(), time.process_time()
 
     def step(self) -> bool:
         "After each optimizer step. True: the time is over, train no more."
         seconds = time.perf_counter() - self.last
         self.steps.append(seconds)
+        self.cpu.append(time.process_time() - self.last_cpu)
         self.used += seconds
         if len(self.steps) == self.job["loss_step"]:
             self.save("loss_step")
@@ -87,7 +88,7 @@ class Pacer:
             if over or self.rounds == self.job["rounds"]:
                 return True
             self._wait()
-        self.last = time.perf_counter()
+        self.last, self.last_cpu = time.perf_counter(), time.process_time()
         return False
 
     def save(self, name: str) -> None:
@@ -107,7 +108,7 @@ class Pacer:
     def done(self) -> None:
         peak = peak_mb()
         self.save("final")
-        self.say("done", seconds=self.steps, peak_mb=peak, used=self.used)
+        self.say("done", seconds=self.steps, cpu=self.cpu, peak_mb=peak, used=self.used)
 
 
 def trainer_callback(pacer: Pacer):
