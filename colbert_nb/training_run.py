@@ -138,7 +138,7 @@ def train_colbert(
 
     limit = max(500, 2 * args.eval_steps * plan.batch_size) if validation_passages == "auto" else validation_passages
     pool = validation_pool(data.validation, limit, seed)
-    for advice in advise(steps=plan.steps, n_items=plan.n_items, learning_rate=learning_rate, plain=is_plain(model),
+    for advice in advise(steps=plan.steps, learning_rate=learning_rate, plain=is_plain(model),
                          query_expansion=model.tokenizer.query_expansion) if processes.rank == 0 else ():
         log.warning(advice)
     log.info("%d steps of %d triples, loss %s; %d validation queries over %d passages; %s", plan.steps, plan.batch_size, loss.name,
@@ -153,7 +153,8 @@ def train_colbert(
     attention = model.encoder.config._attn_implementation
     bar = tqdm(unit="step", disable=True if processes.rank else None if progress is None else not progress)
     stop = [EarlyStoppingCallback(early_stopping_patience)] if early_stopping_patience else []
-    module = TrainingModule(model, dropout, dims, gather_passages if processes.world_size > 1 else None)
+    several = processes.world_size > 1
+    module = TrainingModule(model, dropout, dims, gather_passages if several else None, row_gradients=model.device.type == "cpu" and not several)
     trainer = ColBERTTrainer(
         module, args, collator, triples, data.validation or None, loss=loss, validate=validation_value, keep=keep,
         tokenize_ahead=tokenize_ahead, mini_batch_size=mini_batch_size, callbacks=[Flow(bar), *stop, *callbacks])
