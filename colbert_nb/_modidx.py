@@ -586,4 +586,6 @@ d = { 'settings': { 'branch': 'main',
                                           'colbert_nb.training_step.TrainingModule.scores': ( 'training_step.html#trainingmodule.scores',
                                                                                               'colbert_nb/training_step.py'),
                                           'colbert_nb.training_step.TrainingModule.train': ( 'training_step.html#trainingmodule.train',
-                                                                                             'colbert_nb/training_step.py')}}}
+                                                                                             'colbert_nb/training_step.py'),
+                                          'colbert_nb.training_step.TrainingModule.whole_gradients': ( 'training_step.html#trainingmodule.whole_gradients',
+                                                                                                       'colbert_nb/training_step.py')}}}
