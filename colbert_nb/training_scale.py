@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .tokenization import TokenBatch
+from .training import first_dims
 
 # %% ../nbs/07_training_scale.ipynb #48f8e309
 def _blocks(n: int, numbers: int, device: torch.device) -> list[slice]:
@@ -29,30 +30,41 @@ class BlockMaxSim(torch.autograd.Function):
     "MaxSim of every query and every passage that keeps, for the gradient, only where each maximum was found."
 
     @staticmethod
-    def forward(ctx, Q: Tensor, D: Tensor, Q_mask: Tensor, D_mask: Tensor) -> Tensor:
-        (n, query_tokens, _), (docs, doc_tokens, _) = Q.shape, D.shape
-        scores = Q.new_empty(n, docs)
-        best = torch.empty(n, query_tokens, docs, dtype=torch.int16 if doc_tokens < 2**15 else torch.int32, device=Q.device)
-        for part in _blocks(n, query_tokens * docs * doc_tokens, Q.device):
-            sim = (Q[part].flatten(0, 1) @ D.flatten(0, 1).T).view(-1, query_tokens, docs, doc_tokens)
-            value, best[part] = sim.masked_fill_(~D_mask, -torch.inf).max(-1)  # (queries, query_tokens, docs)
-            scores[part] = value.masked_fill_(~Q_mask[part, :, None], 0).sum(1)
-        ctx.save_for_backward(Q, D, Q_mask, best)
-        return scores
+    def forward(
+        ctx,
+        Q: Tensor,  # (queries, tokens, dim)
+        Q_mask: Tensor,  # (queries, tokens)
+        *chunks: Tensor,  # vectors (passages, tokens, dim) and mask (passages, tokens) of each chunk in turn
+    ) -> Tensor:  # (queries, passages of all chunks)
+        scores, places = [], []
+        for D, D_mask in zip(chunks[::2], chunks[1::2]):
+            (n, query_tokens, _), (docs, doc_tokens, _) = Q.shape, D.shape
+            scores.append(Q.new_empty(n, docs))
+            places.append(torch.empty(n, query_tokens, docs, dtype=torch.int16 if doc_tokens < 2**15 else torch.int32, device=Q.device))
+            for part in _blocks(n, query_tokens * docs * doc_tokens, Q.device):
+                sim = (Q[part].flatten(0, 1) @ D.flatten(0, 1).T).view(-1, query_tokens, docs, doc_tokens)
+                value, places[-1][part] = sim.masked_fill_(~D_mask, -torch.inf).max(-1)  # (queries, query_tokens, docs)
+                scores[-1][part] = value.masked_fill_(~Q_mask[part, :, None], 0).sum(1)
+        ctx.save_for_backward(Q, Q_mask, *chunks[::2], *places)
+        return torch.cat(scores, dim=1)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        Q, D, Q_mask, best = ctx.saved_tensors
-        vectors, to_Q, to_D = D.flatten(0, 1), torch.empty_like(Q), torch.zeros_like(D)
-        first = torch.arange(len(D), device=D.device) * D.shape[1]  # the row of each passage's first vector
-        for part in _blocks(len(Q), Q.shape[1] * len(vectors), Q.device):
-            rows = best[part].flatten(0, 1).long() + first  # (query vectors, docs): the row of the vector that was best
-            weight = (gradient[part, None] * Q_mask[part, :, None]).flatten(0, 1)
-            to_Q[part] = nn.functional.embedding_bag(rows, vectors, per_sample_weights=weight, mode="sum").view_as(Q[part])
-            order, count = rows.flatten().argsort(), torch.bincount(rows.flatten(), minlength=len(vectors))
-            to_D += nn.functional.embedding_bag(order // len(D), Q[part].flatten(0, 1), count.cumsum(0) - count, mode="sum",
-                                                per_sample_weights=weight.flatten()[order]).view_as(D)
-        return to_Q, to_D, None, None
+        Q, Q_mask, *kept = ctx.saved_tensors
+        documents, places = kept[:len(kept) // 2], kept[len(kept) // 2:]
+        to_Q, to_documents, bag = torch.zeros_like(Q), [], nn.functional.embedding_bag
+        for D, best, g in zip(documents, places, gradient.split([len(D) for D in documents], dim=1)):
+            vectors, to_D = D.flatten(0, 1), torch.zeros_like(D)
+            first = torch.arange(len(D), device=D.device) * D.shape[1]  # the row of each passage's first vector
+            for part in _blocks(len(Q), Q.shape[1] * len(vectors), Q.device):
+                rows = best[part].flatten(0, 1).long() + first  # (query vectors, docs): the row of the vector that was best
+                weight = (g[part, None] * Q_mask[part, :, None]).flatten(0, 1)
+                to_Q[part] += bag(rows, vectors, per_sample_weights=weight, mode="sum").view_as(Q[part])
+                order, count = rows.flatten().argsort(), torch.bincount(rows.flatten(), minlength=len(vectors))
+                to_D += bag(order // len(D), Q[part].flatten(0, 1), count.cumsum(0) - count, mode="sum",
+                            per_sample_weights=weight.flatten()[order]).view_as(D)
+            to_documents += [to_D, None]
+        return to_Q, None, *to_documents
 
 # %% ../nbs/07_training_scale.ipynb #b029495d
 def score_blocks(
@@ -61,12 +73,11 @@ def score_blocks(
     dim: int | None = None,  # score with the first `dim` dimensions alone
 ) -> Tensor:  # (queries, passages of all chunks), float32
     "The scores of `score_chunks`, for batches whose similarities no memory would hold."
-    cut = lambda X: X.float() if dim is None else nn.functional.normalize(X[..., :dim].float(), dim=-1)
     longest = max(Q.shape[1] for Q, _ in queries)
-    Q = torch.cat([nn.functional.pad(cut(Q), (0, 0, 0, longest - Q.shape[1])) for Q, _ in queries])
+    Q = torch.cat([nn.functional.pad(first_dims(Q, dim), (0, 0, 0, longest - Q.shape[1])) for Q, _ in queries])
     keep = torch.cat([nn.functional.pad(keep, (0, longest - keep.shape[1])) for _, keep in queries])
     with torch.autocast(Q.device.type, enabled=False):
-        return torch.cat([BlockMaxSim.apply(Q, cut(D), keep, kept) for D, kept in documents], dim=1)
+        return BlockMaxSim.apply(Q, keep, *(tensor for D, kept in documents for tensor in (first_dims(D, dim), kept)))
 
 # %% ../nbs/07_training_scale.ipynb #e0a60dbe
 def _random_state(device: torch.device) -> list[tuple[Callable, Tensor]]:

@@ -40,7 +40,7 @@ def test_scores_and_gradients_of_blocks_are_those_of_maxsim(n, query_tokens, doc
     blocks = lambda count, numbers, device: [slice(i, i + max(1, budget // max(1, numbers))) for i in range(0, count, max(1, budget // max(1, numbers)))]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training_scale, "_blocks", blocks)
-        for score in (lambda Q, D: maxsim(Q, D, *masks), lambda Q, D: BlockMaxSim.apply(Q, D, *masks)):
+        for score in (lambda Q, D: maxsim(Q, D, *masks), lambda Q, D: BlockMaxSim.apply(Q, masks[0], D, masks[1])):
             Q, D = (x.clone().requires_grad_() for x in X)
             scores = score(Q, D)
             scores.masked_fill(scores == -torch.inf, 0).mul(weight).sum().backward()
