@@ -13,10 +13,7 @@ step began. The bars: 1,024 triples take at most 1.7 times the seconds a triple 
 
 import argparse
 import datetime
-import importlib.metadata
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,6 +21,8 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+
+from hardware import machine
 
 HERE = Path(__file__).parent
 CASES = {"32": 8, "128": 3, "128/32": 3, "1024/32": 1}  # steps
@@ -85,12 +84,6 @@ def measure(case: str) -> dict:
             "peak_mb": memory.peak, "of_the_steps_mb": memory.peak - before[0]}
 
 
-def processor() -> str:
-    "The processor's name."
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
 def table(result: dict) -> str:
     "The stored result as one table; ratios are to the case 32."
     rows = result["rows"]
@@ -117,8 +110,7 @@ def main() -> None:
         done = subprocess.run([sys.executable, __file__, "--measure", case], check=True, stdout=subprocess.PIPE, text=True)
         rows[case] = json.loads(done.stdout.splitlines()[-1])
     result = {"rows": {case: rows[case] for case in CASES if case in rows}, "bars": BARS, "date": datetime.date.today().isoformat(),
-              "processor": processor(), "cores": os.cpu_count(), "python": platform.python_version(),
-              "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")}}
+              **machine("torch", "transformers")}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(table(result))

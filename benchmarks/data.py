@@ -15,16 +15,16 @@ system holds them. "Of the data" is the peak less what the process held before i
 
 import argparse
 import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
+
+from hardware import machine
 
 HERE = Path(__file__).parent
 SIZES = (100_000, 1_000_000, 10_000_000)
@@ -171,18 +171,11 @@ def main() -> None:
                 done = subprocess.run([sys.executable, __file__, "--measure", mode, str(folder), str(encoder)], check=True,
                                       stdout=subprocess.PIPE, text=True)
                 rows.append({"triples": n, "mode": mode, "counts": counts, "files_mb": files, **json.loads(done.stdout.splitlines()[-1])})
-    result = {"rows": rows, "bars": BARS, "date": datetime.date.today().isoformat(), "processor": processor(), "cores": os.cpu_count(),
-              "load_before": before,
-              "python": platform.python_version(), "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}}
+    result = {"rows": rows, "bars": BARS, "date": datetime.date.today().isoformat(), "load_before": before,
+              **machine("torch", "transformers", "numpy")}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(table(result))
-
-
-def processor() -> str:
-    "The processor's name."
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def table(result: dict) -> str:
