@@ -84,7 +84,7 @@ def rank_window(
         return min_rank, max_rank
     return min_rank * n_others // max_rank, n_others
 
-# %% ../nbs/06_mining_rules.ipynb #7c2a4f65
+# %% ../nbs/06_mining_rules.ipynb #256fa56b
 @dataclass(frozen=True)
 class Verdict:
     "What became of each candidate: `code` indexes `RULES`, 0 is kept."
@@ -137,6 +137,9 @@ def judge(
              "pair_scores": (pair_scores, rules.asks("absolute") or rules.asks("relative")), "cross_encoder": (cross_encoder, rules.asks("cross_"))}
     if missing := [name for name, (given, asked) in needs.items() if asked and given is None]:
         raise ValueError(f"expected {' and '.join(missing)}= for the rules that are on, got None; {rules}")
+    for name in ("keys", "vectors"):
+        if needs[name][0] is not None and len(needs[name][0]) != n_passages:
+            raise ValueError(f"{name}: expected one for each of {n_passages} passages, got {len(needs[name][0])}; make them from this corpus.")
     if ids.ndim != 2 or ids.shape != scores.shape:
         raise ValueError(f"expected ids and scores of one shape (n_queries, k), got {ids.shape} and {scores.shape}.")
     if ids.size and ids.max() >= n_passages:

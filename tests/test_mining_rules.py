@@ -284,8 +284,9 @@ def test_settings_that_cannot_be_meant_are_refused(changed, word):
 @pytest.mark.parametrize("rules, changed, word", [
     (MiningRules(), dict(keys=None), "keys="), (replace(plain, absolute_margin=0.1), dict(pair_scores=None), "pair_scores="),
     (replace(plain, max_positive_similarity=0.9), dict(vectors=None), "vectors="),
-    (replace(plain, cross_encoder_max_score=0.9), dict(cross_encoder=None), "cross_encoder="), (plain, dict(n_passages=30), "below 30"),
-    (plain, dict(n_passages=500), "search deeper")])
+    (replace(plain, cross_encoder_max_score=0.9), dict(cross_encoder=None), "cross_encoder="),
+    (plain, dict(n_passages=30, keys=None, vectors=None), "below 30"), (plain, dict(n_passages=500, keys=None, vectors=None), "search deeper"),
+    (plain, dict(keys=np.arange(59)), "keys: expected one for each of 60 passages, got 59"), (plain, dict(vectors=np.eye(61)), "vectors: .* got 61")])
 def test_a_rule_whose_input_is_missing_is_refused(rules, changed, word):
     with pytest.raises(ValueError, match=word):
         Made(3, 60, {0: [1]}).judge(rules, **changed)
@@ -314,3 +315,14 @@ def test_arrays_that_do_not_fit_are_refused():
 def test_no_queries_is_no_error():
     empty = judge(plain, np.empty((0, 5), np.int64), np.empty((0, 5)), {}, n_passages=9)
     assert choose(plain, empty, []).negatives == {} and empty.counts() == {}
+
+
+def test_the_same_candidates_can_be_judged_again():
+    made = Made(10, 80, {q: [q, q + 20] for q in range(9)}, seed=6)
+    first = made.judge(MiningRules(max_rank=40))
+    rules = MiningRules(max_rank=30, relative_margin=0.2, max_positive_similarity=0.5, cross_encoder_max_score=0.5)
+    assert (first.again(rules).code == made.judge(rules).code).all() and first.again(first.rules).counts() == first.counts()
+    bare = judge(plain, made.ids, made.scores, made.positives, n_passages=80)
+    with pytest.raises(ValueError, match="pair_scores="):
+        bare.again(replace(plain, absolute_margin=0.1))
+    assert "absolute_margin" in bare.again(replace(plain, absolute_margin=0.9), pair_scores=made.pairs).counts()
