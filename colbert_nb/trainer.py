@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'choose_device', 'Preset', 'given', 'clean_documents', 'report_truncation', 'length_tokenizer', 'RAGTrainer']
 
-# %% ../nbs/04_trainer.ipynb #823950fe
+# %% ../nbs/04_trainer.ipynb #e54cda67
 import logging
 import os
 import random
@@ -17,7 +17,7 @@ import torch
 
 log = logging.getLogger(__name__)
 
-# %% ../nbs/04_trainer.ipynb #48c82811
+# %% ../nbs/04_trainer.ipynb #cfd66d8f
 def choose_device(
     n_usable_gpus: int = -1,  # 0: the CPU; -1: whatever there is; 1 or more: that many GPUs must be there
     process: int | None = None,  # this process among those of its host; None: what torchrun said, else alone
@@ -64,7 +64,7 @@ def clean_documents(
     texts = (d.get("content") if isinstance(d, Mapping) else d for d in documents)
     return [clean_text(text, f"{name} {row}") for row, text in enumerate(texts)]
 
-# %% ../nbs/04_trainer.ipynb #bca12520
+# %% ../nbs/04_trainer.ipynb #3bb1bcb6
 def report_truncation(
     tokenizer: "ColBERTTokenizer",  # with the lengths that texts are cut to
     queries: Sequence[str],
@@ -85,7 +85,7 @@ def report_truncation(
                 100 * shares[kind], kind, name, getattr(tokenizer, name), name)
     return shares
 
-# %% ../nbs/04_trainer.ipynb #ab199501
+# %% ../nbs/04_trainer.ipynb #5b77317b
 def length_tokenizer(
     name_or_path: str | os.PathLike,  # as for `RAGTrainer`
 ) -> "ColBERTTokenizer":
@@ -102,7 +102,7 @@ def length_tokenizer(
                             query_token_id=marker, doc_token_id=marker, query_expansion=False,
                             skip_punctuation_before_encoding=stored["skip_punctuation_before_encoding"])
 
-# %% ../nbs/04_trainer.ipynb #f795dc1b
+# %% ../nbs/04_trainer.ipynb #f02475b3
 class RAGTrainer:
     """From rows of text to a trained ColBERT, with RAGatouille's names and defaults.
 
@@ -206,13 +206,24 @@ class RAGTrainer:
         attend_to_mask_tokens: bool | None = None,  # None: False, or the checkpoint's own
         skip_punctuation_before_encoding: bool | None = None,  # documents as Vespa feeds them; None: False, or the checkpoint's own
         init: str = "pca",  # how a plain encoder's new projection starts: "pca" or "random"
-        epochs: int = 1,
+        epochs: int = 1,  # passes over the triples
+        mini_batch_size: int | None = None,  # triples encoded at a time, for batches larger than memory; None: all of a part
+        loss: str = "auto",  # by the data; or "contrastive", "colbert-ai", "kl", "margin_mse"
+        matryoshka_dims: Sequence[int] = (),  # first dimensions that are trained to stand alone, such as [64, 32]
+        dropout: float | None = 0.0,  # None: the encoder's own
+        bf16: bool | str = "auto",  # half precision; "auto": where the hardware has it
+        shuffle: bool = True,  # False: triples in the order of the data
+        validation_metric: str = "nDCG@10",  # picks the best checkpoint: any metric of `colbert_nb.evaluation.evaluate`
+        validation_passages: int | str = "auto",  # passages that validation ranks; "auto": a tenth of training's work, 500 at least
+        early_stopping_patience: int | None = None,  # stop after this many validations without a better value; None: never
+        engine: str = "colbert_nb",  # "colbert-ai": colbert-ai's own trainer on the same triples
         output_dir: str | os.PathLike = "runs",
         resume: bool = False,  # go on with a run of this name
         overwrite: bool = False,  # replace a run of this name
         seed: int = 42,
         keep: int = 2,  # checkpoints kept beside the best
-        **training_args,  # anything else that `train_colbert` takes: loss, matryoshka_dims, validation_metric, engine, ...
+        progress: bool | None = None,  # None: a bar on a terminal
+        **training_args,  # anything else of `train_colbert`, such as callbacks, and of `transformers.TrainingArguments`
     ) -> Path:  # the best checkpoint
         "Train on the prepared data. ValueError without data, and errors as in `colbert_nb.training_run.train_colbert`."
         from colbert_nb.encoder import ColBERT
@@ -224,7 +235,10 @@ class RAGTrainer:
         run = Path(output_dir) / self.model_name
         options = dict(batch_size=batch_size, maxsteps=maxsteps, epochs=epochs, use_ib_negatives=use_ib_negatives,
                        learning_rate=learning_rate, warmup_steps=warmup_steps, accumsteps=accumsteps, resume=resume,
-                       overwrite=overwrite, seed=seed, keep=keep, **training_args)
+                       overwrite=overwrite, seed=seed, keep=keep, mini_batch_size=mini_batch_size, loss=loss,
+                       matryoshka_dims=matryoshka_dims, dropout=dropout, bf16=bf16, shuffle=shuffle,
+                       validation_metric=validation_metric, validation_passages=validation_passages,
+                       early_stopping_patience=early_stopping_patience, engine=engine, progress=progress, **training_args)
         data = self._load()
         on_rank_0(lambda: check_training(len(data.triples), run, **options))
         model = ColBERT.from_pretrained(
