@@ -72,18 +72,18 @@ def _positive_scores(verdict: Verdict) -> tuple[np.ndarray, np.ndarray]:
     found = np.nonzero(verdict.code == RULES.index("positive"))
     return found[0], verdict.scores[found]
 
-# %% ../nbs/06_mining_audit.ipynb #32e349f2
+# %% ../nbs/06_mining_audit.ipynb #c72c8934
 def audit_rules(
     verdict: Verdict,
-):  # a DataFrame, a row a rule that is on: dropped, share (of candidates), queries (that lost one), alone
+):  # a DataFrame, a row a rule that is on: dropped, share (of the candidates up to max_rank), queries (that lost one), alone
     """What each rule dropped: as the first to do so, and if it were asked alone. A cross-encoder is not asked again for that: its
     rules have no number in `alone`."""
     import pandas as pd
 
-    here = (verdict.ids >= 0) & (verdict.code != RULES.index("positive"))
+    here = ~np.isin(verdict.code, [RULES.index(name) for name in ("no candidate", "positive", "max_rank")])
     off = MiningRules(min_rank=0, max_rank=verdict.rules.max_rank, drop_same_text=False)
     table = {}
-    for name in ("kept", "min_rank", "max_rank", *filter(verdict.rules.asks, RULES[5:])):
+    for name in ("kept", *(["min_rank"] if verdict.rules.min_rank else []), *filter(verdict.rules.asks, RULES[5:])):
         code, alone = RULES.index(name), pd.NA
         dropped = (verdict.code == code) & here
         if code and not name.startswith("cross_"):

@@ -33,12 +33,13 @@ def flat_positives(
     keys = np.unique(rows * n_passages + passages)
     return keys // max(n_passages, 1), keys % max(n_passages, 1)
 
-# %% ../nbs/06_mining_pairs.ipynb #eeb739aa
+# %% ../nbs/06_mining_pairs.ipynb #fceb9ab0
 def nth_of_run(
     rows: np.ndarray,  # (n,) not falling
 ) -> np.ndarray:  # (n,) of 0, 1, ... within each run of equal rows
     "The place of each entry among those of its row."
-    return np.arange(len(rows)) - np.searchsorted(rows, rows)
+    starts = np.flatnonzero(np.append(True, rows[1:] != rows[:-1]))
+    return np.arange(len(rows)) - np.repeat(starts, np.diff(np.append(starts, len(rows))))
 
 
 def is_among(
