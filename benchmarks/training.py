@@ -13,10 +13,8 @@ evaluator.
 
 import argparse
 import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -24,6 +22,7 @@ import sys
 from pathlib import Path
 
 import torch
+from hardware import cpu_info, machine
 
 from colbert_nb.corpus import RetrievalDataset, docstring_corpus, load_beir, minilm_path, split_queries
 from colbert_nb.encoder import ColBERT
@@ -156,18 +155,14 @@ class Runner:
 
 def hardware() -> dict:
     "What the run was made on."
-    cpu, memory = platform.processor(), None
-    if Path("/proc/cpuinfo").is_file():
-        lines = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
-        lines = {k.strip(): v.strip() for k, v in lines.items()}
-        flags = set(lines.get("flags", "").split())
-        cpu = f"{lines.get('model name', cpu)} (family {lines.get('cpu family')}, model {lines.get('model')})"
-        memory = round(int(Path("/proc/meminfo").read_text().split()[1]) / 2**20, 1)
-    else:
-        flags = set()
+    info, here = cpu_info(), machine()
+    family = f" (family {info['cpu family']}, model {info['model']})" if {"cpu family", "model"} <= set(info) else ""
+    memory = Path("/proc/meminfo")
     wanted = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-    return {"processor": cpu, "cores": os.cpu_count(), "instructions": [x for x in wanted if x in flags], "memory_gb": memory, "gpu": gpu}
+    return {"processor": here["processor"] + family, "cores": here["cores"],
+            "instructions": [x for x in wanted if x in info.get("flags", "").split()],
+            "memory_gb": round(int(memory.read_text().split()[1]) / 2**20, 1) if memory.is_file() else None,
+            "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None}
 
 
 def has_bf16() -> bool:
@@ -282,9 +277,10 @@ def main() -> None:
     before = judge(work / "initial", **lengths)
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("envs", "work", "out", "phase", "data")}
     settings |= {k: job[k] for k in ("schedule", "warmup_steps", "device")} | {"triples": n_triples, "test_queries": len(test), "passages": len(dataset.corpus)}
+    here = machine("colbert-nb", "torch", "transformers")
     result = {"data": name, "date": datetime.date.today().isoformat(), "hardware": hardware(), "settings": settings,
               "bf16": "measured" if "bf16" in modes else "left out: no bf16 instructions" if not has_bf16() else "not asked for",
-              "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in ("colbert-nb", "torch", "transformers")}},
+              "versions": {"python": here["python"]} | here["versions"],
               "before_training": before, "rows": rows}
     out = args.out or HERE / "results" / f"training_{name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
