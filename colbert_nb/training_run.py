@@ -50,7 +50,7 @@ def kept_memory(
             libc.mallopt(option, value)
         libc.malloc_trim(0)
 
-# %% ../nbs/07_training_run.ipynb #cc6456ba
+# %% ../nbs/07_training_run.ipynb #55429ed3
 def is_plain(model: ColBERT) -> bool:
     "Whether it was made from a plain encoder and not from a late-interaction checkpoint."
     return "HF_ColBERT" not in (model.encoder.config.architectures or ())
