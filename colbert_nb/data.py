@@ -152,7 +152,18 @@ def validation_rows(
         rows.append({"query": examples.queries[query], "positives": positives, "candidates": sorted(positives + others)})
     return rows
 
-# %% ../nbs/05_data.ipynb #e380600c
+# %% ../nbs/05_data.ipynb #d98a808b
+def _enough_mined(train: Examples, mined: Mapping[int, list[int]], poor: Iterable[int], wanted: int) -> Examples:
+    "The examples without the queries that the miner found too little for; the log says how many, and which are filled up."
+    total, poor = len(train.queries), {q for q in poor if q < len(train.queries)}
+    short = [q for q in range(total) if q not in poor and len(mined.get(q, ())) < wanted]
+    if short: logger.warning("%d of %d queries have fewer than %d mined negatives, the first is query %d: passages drawn by seed make up for them",
+                             len(short), total, wanted, short[0])
+    if poor: logger.warning("%d of %d queries have fewer mined negatives than the miner's minimum, the first is query %d: they give no triple",
+                            len(poor), total, min(poor))
+    return Examples(train.queries, train.corpus, {q: ps for q, ps in train.positives.items() if q not in poor}, train.negatives)
+
+# %% ../nbs/05_data.ipynb #8611a4c2
 def prepare(
     raw_data: Iterable,                     # rows as for `parse_rows`
     folder: str | Path,                     # where to write, as for `check_folder`
@@ -184,11 +195,12 @@ def prepare(
     if held: valid = _examples(*held, train.corpus)
     else: train, valid = split_validation(train, fraction=validation_fraction, seed=seed)
     _check_negatives(train, num_new_negatives, nway)
-    mined, n_train = {}, len(train.queries)
+    mined, n_train, train_on = {}, len(train.queries), train
     if miner is not None and num_new_negatives:
         known = [ps + part.negatives.get(q, []) for part in (train, valid) for q, ps in part.positives.items()]
         mined = miner.mine(train.queries + valid.queries, train.corpus, dict(enumerate(known)), num_new_negatives)
-    triples = make_triples(train, mined=mined, num_new_negatives=num_new_negatives, nway=nway, seed=seed)
+        train_on = _enough_mined(train, mined, getattr(miner, "poor_queries", ()), num_new_negatives)
+    triples = make_triples(train_on, mined=mined, num_new_negatives=num_new_negatives, nway=nway, seed=seed)
     validation = validation_rows(valid, mined={q - n_train: ps for q, ps in mined.items() if q >= n_train}, seed=seed)
     settings = {"num_new_negatives": num_new_negatives, "nway": nway, "seed": seed, "validation": "given" if held else validation_fraction,
                 "miner": miner and getattr(miner, "settings", type(miner).__name__)}
