@@ -132,7 +132,7 @@ class RAGTrainer:
         self.queries: Sequence[str] = []  # filled by prepare_training_data
         self.triples: "Sequence[Sequence[int]] | np.ndarray" = []  # (n, 1 + nway), filled by prepare_training_data
         self.data_dir: Path | None = None  # set by prepare_training_data
-        self.miner: "HardNegativeMiner | None" = None  # set by prepare_training_data in process 0: what mined, and its embeddings
+        self.miner: "Miner | None" = None  # set by prepare_training_data in process 0: what mined, and its embeddings
         self.model_path: Path | None = None  # set by train
         self._data: tuple | None = None  # what was read from data_dir, and the state of its files then
 
@@ -153,8 +153,9 @@ class RAGTrainer:
         positive_label: int | str = 1,
         negative_label: int | str = 0,
         *,
-        hard_negative_model: "str | os.PathLike | SentenceTransformer | None" = None,  # instead of the table's
+        hard_negative_model: "str | os.PathLike | SentenceTransformer | ColBERT | Miner | None" = None,  # instead of the table's; also "bm25"
         hard_negative_maximum_rank: int | None = None,  # None: 100 beyond the minimum
+        mining: Mapping | None = None,  # further arguments of the miner: {"relative_margin": 0.05, "cache": "vectors", ...}
         validation_data: Iterable | None = None,  # rows as in raw_data; None: held out of raw_data
         validation_fraction: float = 0.1,  # share of the queries held out, at most 200 queries
         nway: int = 2,  # passages of a row: a positive and nway - 1 negatives
@@ -162,9 +163,14 @@ class RAGTrainer:
     ) -> Path:  # the data folder
         "Rows to training files in colbert-ai's format. ValueError as in `colbert_nb.data.prepare`, before a model is loaded."
         from colbert_nb.data import prepare
-        from colbert_nb.mining import HardNegativeMiner, hard_negative_model_name
+        from colbert_nb.mining import hard_negative_model_name
+        from colbert_nb.mining_others import make_miner
         from colbert_nb.training_scale import on_rank_0
 
+        ready = hasattr(hard_negative_model, "mine")
+        if mining and (ready or not mine_hard_negatives):
+            raise ValueError(f"mining={dict(mining)} sets up the miner of this call, and there is none: " + (
+                "a miner that is given has its arguments already." if ready else "mine_hard_negatives is False."))
         documents = self.collection + ([] if all_documents is None else clean_documents(all_documents, "all_documents"))
         self.miner = None
 
@@ -174,8 +180,8 @@ class RAGTrainer:
                 if model is None:
                     model = hard_negative_model_name(self.language_code, hard_negative_model_size)
                 last = hard_negative_minimum_rank + 100 if hard_negative_maximum_rank is None else hard_negative_maximum_rank
-                self.miner = HardNegativeMiner(model, min_rank=hard_negative_minimum_rank, max_rank=last, seed=seed,
-                                               device=self.device)
+                ranks = {"min_rank": hard_negative_minimum_rank, "max_rank": last, "seed": seed}
+                self.miner = model if ready else make_miner(model, language_code=self.language_code, device=self.device, **ranks | dict(mining or {}))
             return Path(prepare(
                 raw_data, data_out_path, all_documents=documents or None, miner=self.miner, num_new_negatives=num_new_negatives,
                 nway=nway, pairs_with_labels=pairs_with_labels, positive_label=positive_label, negative_label=negative_label,

@@ -5,11 +5,12 @@ import random
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from colbert_nb.mining import (HARD_NEGATIVE_MODELS, ExactIndex, HardNegativeMiner, VoyagerIndex,
-                               hard_negative_model_name, rank_window)
+                               hard_negative_model_name, mining_prompts, rank_window)
 
 
 class Letters:
@@ -142,7 +143,7 @@ def test_small_collections_are_logged(caplog):
 
 @pytest.mark.parametrize("arguments, word", [
     (dict(min_rank=-1), "min_rank"), (dict(min_rank=110), "max_rank"), (dict(max_rank=5), "max_rank"),
-    (dict(sampling="best"), "sampling"), (dict(index="faiss"), "index"),
+    (dict(sampling="best"), "sampling"), (dict(index="faiss"), "index"), (dict(relative_margin=1.5), "relative_margin"),
 ])
 def test_bad_settings_are_refused(arguments, word):
     with pytest.raises(ValueError, match=word):
@@ -192,3 +193,211 @@ def test_settings_hold_no_path(tmp_path):
     settings = HardNegativeMiner(tmp_path / "my-model").settings
     assert settings["model"] == "my-model" and str(tmp_path) not in str(settings)
     assert HardNegativeMiner("BAAI/bge-small-en-v1.5").settings["model"] == "BAAI/bge-small-en-v1.5"
+
+
+class Told(Letters):
+    "As `Letters`, with prompts of its own, and it remembers those that it is given."
+
+    def __init__(self, prompts):
+        super().__init__()
+        self.prompts, self.told = prompts, []
+
+    def _encode(self, texts, prompt=None, **kwargs):
+        self.told.append(prompt)
+        return super()._encode([(prompt or "") + text for text in texts], **kwargs)
+
+
+@pytest.mark.parametrize("name, query, document", [
+    ("intfloat/multilingual-e5-small", "query: ", "passage: "),
+    ("intfloat/e5-large-v2", "query: ", "passage: "),
+    ("intfloat/multilingual-e5-large-instruct",
+     "Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery: ", ""),
+    ("BAAI/bge-base-en-v1.5", "Represent this sentence for searching relevant passages: ", ""),
+    ("cache/models--BAAI--bge-small-en-v1.5/snapshots/0123abc", "Represent this sentence for searching relevant passages: ", ""),
+    ("BAAI/bge-small-zh-v1.5", "为这个句子生成表示以用于检索相关文章：", ""),
+    ("OrdalieTech/Solon-embeddings-base-0.1", "query : ", ""),
+    ("BAAI/bge-m3", "", ""), ("thenlper/gte-large-zh", "", ""), ("home/bge-small-en/all-MiniLM-L6-v2", "", ""), ("", "", ""),
+])
+def test_prompts_of_known_families(name, query, document):
+    assert mining_prompts(name, {"query": "", "document": ""}) == {"query": query, "document": document}
+    assert mining_prompts(name, {"query": "q> ", "passage": "p> "}) == {"query": "q> ", "document": "p> "}
+
+
+def test_every_model_of_the_table_has_its_prompts():
+    without = {name for row in HARD_NEGATIVE_MODELS.values() for name in row.values() if not any(mining_prompts(name).values())}
+    assert without == {f"thenlper/gte-{size}-zh" for size in ("small", "base", "large")}
+
+
+def test_own_prompts_are_left_to_the_model_and_given_ones_replace_them(caplog):
+    own = Told({"query": "q> ", "document": ""})
+    miner = HardNegativeMiner(own)
+    with caplog.at_level(logging.INFO, "colbert_nb.mining"):
+        miner.mine(texts(3, "query"), texts(5), {}, 2)
+    assert own.told == [None, None] and miner.settings["prompts"] == {"query": "q> ", "document": ""}
+    assert sum("'q> '" in record.getMessage() for record in caplog.records) == 1
+    given = Told({"query": "q> "})
+    miner = HardNegativeMiner(given, prompts={"document": "passage "}).fit(["0"])
+    miner.search(["query 1"], 1)
+    assert given.told == ["passage ", ""]
+    assert (miner.embeddings == HardNegativeMiner(Letters()).embed(["passage 0"])).all()
+    with pytest.raises(ValueError, match="prompts"):
+        HardNegativeMiner(given, prompts={"passage": "p"})
+
+
+def test_rules_reach_the_candidates():
+    corpus, queries, positives = texts(120), texts(6, "query"), {q: [q, q + 6] for q in range(6)}
+    window = dict(min_rank=0, max_rank=120, index="exact", sampling="top")
+    plain = HardNegativeMiner(Letters(), **window)
+    everything = plain.mine(queries, corpus, positives, 120)
+    vectors, asked = plain.embeddings, plain.embed(queries, "query")
+    cosine, near = asked @ vectors.T, vectors @ vectors.T
+    keep = {
+        "max_score": lambda q, p: cosine[q, p] <= 0.3,
+        "min_score": lambda q, p: cosine[q, p] >= 0.1,
+        "absolute_margin": lambda q, p: cosine[q, p] + 0.1 <= cosine[q, positives[q]].min(),
+        "relative_margin": lambda q, p: cosine[q, p] <= (w := cosine[q, positives[q]].min()) - abs(w) * 0.1,
+        "max_positive_similarity": lambda q, p: near[p, positives[q]].max() <= 0.2,
+    }
+    values = {"max_score": 0.3, "min_score": 0.1, "max_positive_similarity": 0.2}
+    for rule, kept in keep.items():
+        miner = HardNegativeMiner(Letters(), **window, **{rule: values.get(rule, 0.1)})
+        assert miner.mine(queries, corpus, positives, 120) == {q: [p for p in ps if kept(q, p)] for q, ps in everything.items()}, rule
+        assert miner.settings[rule] == values.get(rule, 0.1) and miner.verdict.counts()[rule] > 0
+
+
+def test_too_few_are_reported_and_not_filled(caplog):
+    miner = HardNegativeMiner(Letters(), max_score=-0.2, minimum=5, index="exact")
+    mined = miner.mine(texts(4, "query"), texts(40), {}, 20)
+    assert miner.poor_queries == [q for q, found in mined.items() if len(found) < 5]
+    assert miner.short_queries == [0, 1, 2, 3] and "fewer than" in caplog.text
+
+
+def test_a_cross_encoder_has_its_word():
+    class Judge:
+        def predict(self, pairs, **kwargs):
+            return np.array([float(passage.endswith("7")) for _, passage in pairs], dtype=np.float32)
+
+    miner = HardNegativeMiner(Letters(), cross_encoder=Judge(), cross_encoder_max_score=0.5, min_rank=0, max_rank=50, index="exact")
+    mined = miner.mine(texts(3, "query"), texts(50), {}, 50)
+    assert all(sorted(found) == [p for p in range(50) if p % 10 != 7] for found in mined.values())
+    for half in (dict(cross_encoder=Judge()), dict(cross_encoder_max_score=0.5)):
+        with pytest.raises(ValueError, match="cross_encoder"):
+            HardNegativeMiner(Letters(), **half)
+
+
+def test_bad_positions_and_texts_are_refused_before_anything_is_embedded():
+    model = Letters()
+    miner = HardNegativeMiner(model)
+    for queries, corpus, positives, word in ((["a"], ["b"], {0: [1]}, "positives of query 0"), (["a"], ["b"], {1: [0]}, "positives"),
+                                             (["a"], ["b", None], {}, "passage 1"), ([3], ["b"], {}, "query 0"), ("a", ["b"], {}, "list")):
+        with pytest.raises(ValueError, match=word):
+            miner.mine(queries, corpus, positives, 1)
+    with pytest.raises(ValueError, match="given to `mine`"):
+        HardNegativeMiner(model, n=5)
+    with pytest.raises(TypeError, match="min_rnak"):
+        HardNegativeMiner(model, min_rnak=5)
+    assert not model.calls
+
+
+class Weighted(Letters, torch.nn.Module):
+    "As `Letters`, with weights, so that its vectors can be told from another model's; interrupted at a call, where one is named."
+
+    def __init__(self, stop_at=None):
+        torch.nn.Module.__init__(self)
+        self.dim, self.calls, self.stop_at = 16, [], stop_at
+        self.weight = torch.nn.Parameter(torch.ones(16))
+
+    def encode(self, texts):
+        raise NotImplementedError
+
+    def _encode(self, texts, **kwargs):
+        if len(self.calls) == self.stop_at:
+            raise KeyboardInterrupt
+        return super()._encode(texts, **kwargs) * self.weight.detach().numpy()
+
+    def other(self):
+        with torch.no_grad():
+            self.weight[:8] = 0.1
+        return self
+
+
+@pytest.mark.parametrize("index", ["voyager", "exact", "auto"])
+def test_a_cache_embeds_once_and_changes_nothing(index, tmp_path):
+    corpus, queries = texts(300), texts(20, "query")
+    plain = HardNegativeMiner(Weighted(), index=index).mine(queries, corpus, {}, 5)
+    first, second, grown = Weighted(), Weighted(), Weighted()
+    options = dict(index=index, cache=tmp_path / "vectors")
+    assert HardNegativeMiner(first, **options).mine(queries, corpus, {}, 5) == plain and len(first.calls) == 2
+    assert HardNegativeMiner(second, **options).mine(queries, corpus, {}, 5) == plain and not second.calls
+    HardNegativeMiner(grown, **options).mine(queries, corpus + ["one more"], {}, 5)
+    assert grown.calls == [("document", 301)]
+
+
+def test_a_cache_tells_models_apart(tmp_path):
+    corpus, queries = texts(150), texts(10, "query")
+    mine = lambda model, **options: HardNegativeMiner(model, **options).mine(queries, corpus, {}, 5)
+    alone = mine(Weighted().other())
+    assert mine(Weighted(), cache=tmp_path) != mine(Weighted().other(), cache=tmp_path) == alone
+    with pytest.raises(ValueError, match="cannot be told from"):
+        mine(Letters(), cache=tmp_path)
+
+
+def test_an_index_of_another_size_in_the_cache_is_refused_with_the_remedy(tmp_path):
+    miner = lambda: HardNegativeMiner(Weighted(), cache=tmp_path)
+    miner().fit(texts(60))
+    miner().fit(texts(70))
+    small, large = sorted(tmp_path.glob("index-*"), key=lambda p: (p / "index.voyager").stat().st_size)
+    for file in small.iterdir():
+        (large / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(ValueError, match="n=70, got 60.*delete"):
+        miner().fit(texts(70))
+
+
+def test_a_model_that_was_trained_on_is_asked_again():
+    model, corpus, queries = Weighted(), texts(150), texts(10, "query")
+    miner = HardNegativeMiner(model)
+    before = miner.mine(queries, corpus, {}, 5)
+    assert miner.mine(queries, corpus, {}, 5) == before and model.calls.count(("document", 150)) == 1
+    after = HardNegativeMiner(model.other()).mine(queries, corpus, {}, 5)
+    assert miner.mine(queries, corpus, {}, 5) == after != before
+
+
+def test_embedding_that_was_stopped_goes_on(tmp_path):
+    corpus, queries = texts(5000), texts(10, "query")
+    plain = HardNegativeMiner(Weighted(), index="exact").mine(queries, corpus, {}, 5)
+    with pytest.raises(KeyboardInterrupt):
+        HardNegativeMiner(Weighted(stop_at=2), index="exact", cache=tmp_path).mine(queries, corpus, {}, 5)
+    rest = Weighted()
+    assert HardNegativeMiner(rest, index="exact", cache=tmp_path).mine(queries, corpus, {}, 5) == plain
+    assert rest.calls == [("document", 2048), ("document", 904), ("query", 10)]
+
+
+@pytest.mark.parametrize("answer, word", [
+    (lambda v: v[:-1], "5 vectors"), (lambda v: v[:, :0], "5 vectors"), (lambda v: v[0], "5 vectors"), (lambda v: None, "5 vectors"),
+    (lambda v: v * 0, "zero vector.*'passage 0'"), (lambda v: v * np.inf, "'passage 0'"), (lambda v: [list(r) for r in v[:, :1]] + [[1, 2]], "array"),
+])
+def test_a_model_that_gives_no_vectors_is_refused(answer, word):
+    class Bad(Letters):
+        def _encode(self, texts, **kwargs):
+            return answer(super()._encode(texts, **kwargs))
+
+    with np.errstate(invalid="ignore"), pytest.raises(ValueError, match=word):
+        HardNegativeMiner(Bad()).fit(texts(5))
+
+
+def test_several_devices_share_the_work_in_one_pool():
+    class Pooled(Letters):
+        def start_multi_process_pool(self, devices):
+            self.pool = {"devices": devices, "stopped": False}
+            return self.pool
+
+        def stop_multi_process_pool(self, pool):
+            pool["stopped"] = True
+
+        def _encode(self, texts, pool, **kwargs):
+            assert pool is self.pool and not pool["stopped"] and pool["devices"] == ["cpu", "cpu"]
+            return super()._encode(texts, **kwargs)
+
+    model, corpus, queries = Pooled(), texts(200), texts(5, "query")
+    mined = HardNegativeMiner(model, device=["cpu", "cpu"]).mine(queries, corpus, {}, 5)
+    assert mined == HardNegativeMiner(Letters()).mine(queries, corpus, {}, 5) and model.pool["stopped"]
