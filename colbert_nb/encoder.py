@@ -6,7 +6,7 @@
 __all__ = ['log', 'DEFAULTS', 'check_texts', 'default_device', 'pca_projection', 'ColBERT', 'is_colbert_checkpoint',
            'check_encoder']
 
-# %% ../nbs/03_encoder.ipynb #538d5b44
+# %% ../nbs/03_encoder.ipynb #c1a5242e
 import copy
 import logging
 import random
@@ -24,7 +24,6 @@ from .encoder_settings import (OWN_SETTINGS, SETTINGS, colbert_config, is_colber
                                          is_other_late_interaction, is_own_checkpoint, read_metadata)
 from .tokenization import ColBERTTokenizer, TokenBatch
 
-# %% ../nbs/03_encoder.ipynb #6d3c14df
 log = logging.getLogger(__name__)
 _all_ = ["is_colbert_checkpoint", "check_encoder"]
 DEFAULTS = {"dim": 128, "query_maxlen": 32, "doc_maxlen": 256, "mask_punctuation": True,
