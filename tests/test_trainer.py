@@ -256,6 +256,17 @@ def test_a_run_and_a_second_one_from_its_checkpoint(prepared, tmp_path):
     assert {name: stored[name] for name in expected} == expected
 
 
+def test_named_settings_and_others_reach_the_run(prepared, tmp_path):
+    wanted = dict(mini_batch_size=2, matryoshka_dims=[8], dropout=0.1, shuffle=False, validation_metric="MRR@10", validation_passages=20,
+                  early_stopping_patience=3, bf16=False, loss="contrastive")
+    best = prepared.train(batch_size=4, maxsteps=1, dim=16, output_dir=tmp_path / "runs", max_grad_norm=1.5, **wanted)
+    settings = json.loads((best.parent / "run.json").read_text())["settings"]
+    expected = wanted | {"max_grad_norm": 1.5, "engine": "colbert_nb"}
+    assert {name: settings[name] for name in expected} == expected
+    with pytest.raises(ValueError, match="F-score"):
+        prepared.train(output_dir=tmp_path / "other", validation_metric="F-score")
+
+
 def test_the_same_call_gives_the_same_model(prepared, tmp_path):
     run = lambda name: prepared.train(batch_size=4, maxsteps=2, dim=16, output_dir=tmp_path / name)
     one, two = run("one"), run("two")
