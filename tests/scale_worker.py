@@ -29,11 +29,11 @@ def gradients(batch, module, loss, scale) -> dict:
     return {name: p.grad.clone() for name, p in module.model.named_parameters() if p.grad is not None}
 
 
-def same_gradients(who) -> dict:
+def same_gradients(who, sizes=(16, 5, 1)) -> dict:
     "Batches of all processes against the same batch in one; 1 triple leaves a process without a query and one without a passage."
     data, found = made_data(), {}
     data = dataclasses.replace(data, triples=data.triples.tolist() + [[q, q, (q + 3) % 40] for q in range(6)])
-    for n in (16, 5, 1):
+    for n in sizes:
         for use_ib_negatives in (True, False):
             for name in ("contrastive", "colbert-ai"):
                 rows, loss = list(range(n)) if n < 16 else [*range(8), *range(31, 39)], choose_loss(name, data, use_ib_negatives)
@@ -49,6 +49,11 @@ def same_gradients(who) -> dict:
                 shared = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
                 found[f"{n} {use_ib_negatives} {name}"] = difference(alone, shared)
     return found
+
+
+def a_gradient(who) -> dict:
+    "One batch, where it is only asked whether the processes find each other."
+    return same_gradients(who, sizes=(5,))
 
 
 def runs(who) -> dict:
