@@ -17,13 +17,12 @@ import fcntl
 import json
 import logging
 import os
-import platform
 import re
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from hardware import machine
 
 from colbert_nb.corpus import RetrievalDataset, docstring_corpus, load_beir, minilm_path
 from colbert_nb.mining import HardNegativeMiner
@@ -71,14 +70,6 @@ def mined_negatives(name: str, data: RetrievalDataset, cache: Path) -> dict[int,
         cache.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(mined))
     return {int(q): passages for q, passages in json.loads(file.read_text()).items()}
-
-
-def hardware() -> str:
-    "The processor's name, where the system tells it, and the threads."
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*: (.*)$", info.read_text(), re.M) if info.is_file() else []
-    threads = torch.get_num_threads()
-    return f"{names[0] if names else platform.processor()}, {threads} thread{'s' * (threads > 1)}"
 
 
 def read(file: Path) -> list[dict]:
@@ -129,8 +120,9 @@ def main() -> None:
                 if key(record) in map(key, read(file)):
                     continue
                 record |= ablation_run(data, record["settings"], seed, mined=mined, n_test=150 if name == "docs" else None, **FIXED)
-                record |= {"fixed": FIXED, "hardware": hardware(), "date": datetime.date.today().isoformat(),
-                           "versions": {package: version(package) for package in PACKAGES}}
+                here, threads = machine(*PACKAGES), torch.get_num_threads()
+                record |= {"fixed": FIXED, "hardware": f"{here['processor']}, {threads} thread{'s' * (threads > 1)}",
+                           "date": datetime.date.today().isoformat(), "versions": here["versions"]}
                 add(file, record)
                 logging.info("%s, seed %d, %s: nDCG@10 %.4f", ablation, seed, change, record["results"]["nDCG@10"])
     for ablation, variants in ABLATIONS.items():

@@ -93,6 +93,7 @@ def test_settings_are_compared_over_the_seeds_that_both_have():
 
 def test_the_script_goes_on_where_it_stopped(tmp_path, monkeypatch):
     "Runs whose records are there are not done again; a new one is added without harm to the others."
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # as it is for a script that is started
     script = runpy.run_path(str(ROOT / "benchmarks/ablations.py"))
     main, calls = script["main"], []
 
