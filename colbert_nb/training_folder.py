@@ -58,7 +58,7 @@ def cut_log(run: Path, step: int) -> None:
     with whole_file(run / LOG_FILE) as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
 
-# %% ../nbs/07_training_folder.ipynb #f2f82a58
+# %% ../nbs/07_training_folder.ipynb #c12e5f73
 def last_good(run: Path) -> str:
     "Where a run can be gone on from, in words."
     last = list(checkpoints(run).values())
