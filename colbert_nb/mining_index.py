@@ -279,8 +279,8 @@ class VoyagerIndex:
             ids[rows], scores[rows] = np.take_along_axis(near[rows], order, 1), np.take_along_axis(cosines, order, 1)
         return ids, scores
 
-# %% ../nbs/06_mining_index.ipynb #608b7942
-SECONDS = {"a pair": 7.1e-9, "a vector added": 1.5e-3, "a graph search": 8e-4}  # two cores, 384 dimensions: `benchmarks/mining.py`
+# %% ../nbs/06_mining_index.ipynb #77d941b2
+SECONDS = {"a pair": 7.1e-9, "a vector added": 1.5e-3, "a graph search": 8e-4}  # two cores, 384 dimensions; rough for the graph, whose costs grow with it
 
 
 def choose_index(
@@ -288,7 +288,7 @@ def choose_index(
     n_queries: int,
     built: bool = False,  # a finished graph is there already
 ) -> str:  # "exact" or "voyager"
-    "The search that is done sooner, building included, by costs measured once. Never by a clock: the same sizes, the same index."
+    "The search that is done sooner, building included, by the costs in `SECONDS`. Never by a clock: the same sizes, the same index."
     exact = SECONDS["a pair"] * n_passages * n_queries
     graph = SECONDS["a graph search"] * n_queries + (0 if built else SECONDS["a vector added"] * n_passages)
     return "voyager" if graph < exact else "exact"
