@@ -200,7 +200,7 @@ def measure_miner(case: str, folder: Path, n: int, runs: int = 5) -> dict:
         from colbert_nb.mining import HardNegativeMiner
 
         def mine():
-            miner = HardNegativeMiner(model, sampling="top", index="auto", cache=folder / "cache-ours", show_progress=False)
+            miner = HardNegativeMiner(model, sampling="top", index="auto", cache=folder / f"cache-ours-{n}", show_progress=False)
             mined = miner.mine(queries, passages, known, n=10)
             return np.array([mined[q] for q in range(len(queries))])
     else:
