@@ -108,7 +108,7 @@ class Ahead:
 
 # %% ../nbs/07_training_step.ipynb #f1b7a174
 class Flow(TrainerCallback):
-    "Logs where a checkpoint is saved, and moves a progress bar."
+    "Saves a step that was validated, since it may be the best; logs where a checkpoint is saved; moves a progress bar."
 
     def __init__(self, bar: tqdm):
         self.bar = bar
@@ -116,6 +116,9 @@ class Flow(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar.reset(state.max_steps)
         self.bar.update(state.global_step)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        control.should_save = True
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_log |= control.should_save

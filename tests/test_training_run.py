@@ -14,6 +14,7 @@ import torch
 from tiny import OPTIONS, StopAt, difference, fresh, made_data, weights
 from transformers import EarlyStoppingCallback, TrainerCallback
 
+from colbert_nb import training_run
 from colbert_nb.data import TrainingData
 from colbert_nb.encoder import ColBERT
 from colbert_nb.training import TripleCollator
@@ -332,6 +333,17 @@ def test_metric_arguments_and_order_reach_the_run(encoder, data, tmp_path, monke
     assert {line["learning_rate"] for line in lines if "loss" in line} == {1e-3} and any("Recall@5" in line for line in lines)
     settings = json.loads((tmp_path / "run/run.json").read_text())["settings"]
     assert settings["loss"] == "colbert-ai" and settings["matryoshka_dims"] == [8, 4] and settings["lr_scheduler_type"] == "constant"
+
+
+def test_the_best_step_is_there_when_fewer_are_saved_than_validated(encoder, data, tmp_path, monkeypatch):
+    values = iter([0.1, 0.2, 0.9, 0.3, 0.2, 0.1, 0.1, 0.1])
+    monkeypatch.setattr(training_run, "validate", lambda *args, **kwargs: next(values))
+    best = train_colbert(fresh(encoder), data, tmp_path / "run", save_steps=4, eval_steps=2, keep=1, **OPTIONS)
+    assert best.is_dir() and 4 in checkpoints(tmp_path / "run")
+    assert (best / "model.safetensors").read_bytes() == (checkpoints(tmp_path / "run")[4] / "model.safetensors").read_bytes()
+    values = iter([0.1, 0.9, 0.2, 0.3, 0.2, 0.1, 0.1, 0.1])
+    train_colbert(fresh(encoder), data, tmp_path / "second", save_steps=4, eval_steps=2, keep=1, **OPTIONS)
+    assert 2 in checkpoints(tmp_path / "second")
 
 
 @pytest.mark.parametrize("options, words", [
