@@ -155,9 +155,8 @@ class Miner:
         k, read = min(rules.max_rank + int(np.bincount(known).max(initial=0)), len(corpus)), self._read(queries)
         found = [self._rank(read[start : start + chunk_size], k) for start in range(0, len(queries), chunk_size)]
         ids, scores = (np.concatenate(part) for part in zip(*found))
-        judged = {"keys": text_keys(self.corpus) if rules.drop_same_text else None, "vectors": self.embeddings}
-        if rules.asks("absolute") or rules.asks("relative"):
-            judged["pair_scores"] = self._score(read)
+        judged = {"keys": text_keys(self.corpus) if rules.drop_same_text else None, "vectors": self.embeddings,
+                  "pair_scores": self._score(read)}
         if rules.asks("cross_"):
             judged["cross_encoder"] = cross_encoder_scores(self.cross_encoder, queries, self.corpus)
         self.verdict = judge(rules, ids, scores, positives, n_passages=len(corpus), **judged)
