@@ -81,7 +81,7 @@ def main() -> None:
             print(fold, system, [round(value, 3) for value in curves[-1][system]], file=sys.stderr)
 
     result = {"data": name, "date": datetime.date.today().isoformat(), "hardware": hardware(), "triples": n_triples,
-              "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("envs", "work", "out", "data")},
+              "settings": {k: v.name if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("envs", "work", "out", "data")},
               "curves": curves}
     result["seconds_per_step"] = {system: statistics.median(values) for system, values in seconds.items()}
     if args.speed:
