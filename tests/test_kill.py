@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from killing import kill_at
 from tiny import OPTIONS, difference, fresh, made_data, weights
 from transformers import TrainerCallback
 
@@ -68,13 +69,7 @@ def undisturbed(encoder, tmp_path_factory) -> Path:
 
 def kill(processes, place, step, encoder, run, flag):
     process = processes.Process(target=train_until, args=(place, step, encoder, run, flag))
-    process.start()
-    end = time.monotonic() + 300
-    while not flag.exists() and process.is_alive() and time.monotonic() < end:
-        time.sleep(0.05)
-    process.kill()
-    process.join()
-    assert flag.exists() and process.exitcode == -9
+    kill_at(process, flag, 300)
 
 
 draw = random.Random(20)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from killing import kill_at
 
 from colbert_nb.mining_index import (ExactIndex, VoyagerIndex, choose_index, fingerprint, largest, make_index)
 from colbert_nb.mining_vectors import embed_texts
@@ -174,13 +175,7 @@ def test_killed_build_is_gone_on_with(tmp_path, place, saves, caplog):
     context.set_forkserver_preload(["colbert_nb.mining_index", "voyager"])
     folder, flag = tmp_path / "index", tmp_path / "flag"
     process = context.Process(target=build_until, args=(place, saves, folder, flag))
-    process.start()
-    end = time.monotonic() + 120
-    while not flag.exists() and process.is_alive() and time.monotonic() < end:
-        time.sleep(0.02)
-    process.kill()
-    process.join()
-    assert flag.exists() and process.exitcode == -9
+    kill_at(process, flag)
     vectors = clustered(1000)
     if saves:
         with pytest.raises(ValueError, match=f"stopped after {300 * saves} of 1000 vectors"):

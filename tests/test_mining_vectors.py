@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from killing import kill_at
 
 from colbert_nb import mining_vectors
 from colbert_nb.mining_vectors import embed_texts, model_key, texts_key, unit_rows
@@ -86,13 +87,7 @@ def test_killed_process_is_gone_on_with(processes, tmp_path, place, batch, kept)
     "Wherever it was killed, only whole batches are kept, and the file ends with the bytes of a run that nobody stopped."
     cache, flag = tmp_path / "cache", tmp_path / "flag"
     process = processes.Process(target=embed_until, args=(place, batch, cache, flag))
-    process.start()
-    end = time.monotonic() + 120
-    while not flag.exists() and process.is_alive() and time.monotonic() < end:
-        time.sleep(0.02)
-    process.kill()
-    process.join()
-    assert flag.exists() and process.exitcode == -9
+    kill_at(process, flag)
     assert not list(cache.glob("*.npy"))
     later = Counting()
     path = Path(run(cache, later).filename)

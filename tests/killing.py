@@ -1,0 +1,15 @@
+"""How a test kills a process, exactly where it wants to."""
+
+import time
+from pathlib import Path
+
+
+def kill_at(process, flag: Path, seconds: float = 120) -> None:
+    "Start a process and kill it (SIGKILL) when it has made the file `flag`; it must have come that far, and end by the kill."
+    process.start()
+    end = time.monotonic() + seconds
+    while not flag.exists() and process.is_alive() and time.monotonic() < end:
+        time.sleep(0.02)
+    process.kill()
+    process.join()
+    assert flag.exists() and process.exitcode == -9
