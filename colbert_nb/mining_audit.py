@@ -93,6 +93,13 @@ def audit_rules(
     return frame.astype({"alone": "Int64"}).rename_axis("rule")
 
 # %% ../nbs/06_mining_audit.ipynb #953834c2
+def _weakest(verdict: Verdict) -> np.ndarray | None:
+    "Score of each query's weakest positive: what the margins asked, else from `pair_scores`, else unknown."
+    if verdict.weakest is None and verdict.inputs["pair_scores"] is not None:
+        return weakest_positive(verdict.inputs["pair_scores"], verdict.positives, len(verdict.ids))
+    return verdict.weakest
+
+
 def audit_suspects(
     verdict: Verdict,
     mined: Mined,
@@ -103,14 +110,12 @@ def audit_suspects(
     "Mined negatives by the evidence that they are answers. Columns without data are NaN. ValueError where no evidence was given to `judge`."
     import pandas as pd
 
-    inputs, n_queries = verdict.inputs, len(verdict.ids)
+    inputs, n_queries, weakest = verdict.inputs, len(verdict.ids), _weakest(verdict)
     rows, columns = np.nonzero(verdict.code == 0)
     chosen = np.concatenate([np.isin(verdict.ids[q][verdict.code[q] == 0], mined.negatives[q]) for q in range(n_queries)] or [np.empty(0, bool)])
     rows, columns = rows[chosen], columns[chosen]
     passages, frame = verdict.ids[rows, columns], {"query": rows, "passage": verdict.ids[rows, columns], "score": verdict.scores[rows, columns]}
-    nothing, weakest = np.full(len(rows), np.nan), verdict.weakest
-    if weakest is None and inputs["pair_scores"] is not None:
-        weakest = weakest_positive(inputs["pair_scores"], verdict.positives, n_queries)
+    nothing = np.full(len(rows), np.nan)
     frame["gap"] = nothing if weakest is None else frame["score"] - weakest[rows]
     near = nothing if inputs["vectors"] is None else positive_cosines(rows, passages, verdict.positives, inputs["vectors"])
     frame["to_positive"] = np.where(np.isfinite(near), near, np.nan)
@@ -148,9 +153,7 @@ def audit_changes(
     "What other rules would give, first as it is. Errors as in `judge`, such as for a window deeper than the search."
     import pandas as pd
 
-    weakest, table, before = verdict.weakest, {}, None
-    if weakest is None and verdict.inputs["pair_scores"] is not None:
-        weakest = weakest_positive(verdict.inputs["pair_scores"], verdict.positives, len(verdict.ids))
+    weakest, table, before = _weakest(verdict), {}, None
     for label, changed in {"as it is": {}, **(usual_changes(verdict) if changes is None else changes)}.items():
         other = verdict.again(replace(verdict.rules, **changed)) if changed else verdict
         mined = choose(other.rules, other, queries)
@@ -212,5 +215,6 @@ def audit(
         raise ValueError(f"expected the {len(verdict.ids)} queries and {verdict.inputs['n_passages']} passages that were judged, got "
                          f"{len(queries)} and {len(corpus)}.")
     mined = choose(verdict.rules, verdict, queries) if mined is None else mined
+    verdict = replace(verdict, weakest=_weakest(verdict))
     ranks = audit_ranks(verdict, verdict.rules.max_rank)
     return Audit(ranks, audit_rules(verdict), audit_suspects(verdict, mined, queries, corpus, n), audit_changes(verdict, queries, changes))
