@@ -78,3 +78,16 @@ def test_import_loads_no_heavy_library():
              "bm25s", "sklearn")
     code = f"import sys, colbert_nb; colbert_nb.RAGTrainer; print([m for m in {heavy} if m in sys.modules])"
     assert python("-c", code).strip() == "[]"
+
+
+def test_importing_the_package_loads_no_torch_until_a_name_is_asked_for():
+    code = "import sys, colbert_nb; assert 'torch' not in sys.modules; from colbert_nb import maxsim; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_public_name_can_be_imported():
+    import colbert_nb
+
+    assert all(getattr(colbert_nb, name) is not None for name in colbert_nb.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'ColBert'"):
+        colbert_nb.ColBert
