@@ -1,14 +1,12 @@
-"""Every notebook's checks: one fresh process a notebook, a time limit each."""
+"""Every notebook's checks: one process a notebook, a time limit each."""
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
 import pytest
+from pages import Pages
 
 ROOT = Path(__file__).parent.parent
 STAGES = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "nbs").glob("*.ipynb"))
@@ -16,13 +14,16 @@ TUTORIALS = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "nbs/tutorial
 LIMIT = 600  # seconds; a slow machine that runs two at a time needs a third of it
 
 
-def check(notebook: Path) -> None:
-    "Run nbdev's test of one notebook in its own folder."
-    command = [sys.executable, "-c", "import sys; from pathlib import Path; from nbdev.test import test_nb; "
-               "ok, _ = test_nb(Path(sys.argv[1]), skip_flags=['notest', 'slow', 'gpu']); sys.exit(not ok)", notebook]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT,
-                         env={**os.environ, "MPLBACKEND": "agg", "PYTHONPATH": str(ROOT)})
-    assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-8000:]
+@pytest.fixture(scope="session")
+def pages():
+    with Pages() as started:
+        yield started
+
+
+def check(pages: Pages, notebook: Path) -> None:
+    "Run a notebook's checks; the end of its output where one fails."
+    status, wrote = pages.run(notebook, LIMIT)
+    assert status == 0, f"exit status {status}\n{wrote[-10_000:]}"
 
 
 def copied(notebook: str, tmp_path: Path, parameters: dict | None = None) -> Path:
@@ -42,8 +43,8 @@ def copied(notebook: str, tmp_path: Path, parameters: dict | None = None) -> Pat
 
 @pytest.mark.timeout(LIMIT + 30)
 @pytest.mark.parametrize("notebook", STAGES)
-def test_stage(notebook, tmp_path):
-    check(copied(notebook, tmp_path))
+def test_stage(pages, notebook, tmp_path):
+    check(pages, copied(notebook, tmp_path))
 
 
 SMALL = {"first_colbert": {"packages": ["scipy"], "n_test": 60, "n_validation": 12, "maxsteps": 4, "doc_maxlen": 32}}
@@ -51,6 +52,6 @@ SMALL = {"first_colbert": {"packages": ["scipy"], "n_test": 60, "n_validation": 
 
 @pytest.mark.timeout(LIMIT + 30)
 @pytest.mark.parametrize("notebook", TUTORIALS)
-def test_tutorial_on_little_data(notebook, tmp_path):
+def test_tutorial_on_little_data(pages, notebook, tmp_path):
     "The whole page on a small corpus; cells marked `#| slow` judge the full run and are left to `make tutorial`."
-    check(copied(notebook, tmp_path, SMALL[Path(notebook).stem]))
+    check(pages, copied(notebook, tmp_path, SMALL[Path(notebook).stem]))
