@@ -169,7 +169,7 @@ def card_head(name: str, base_model: str | None, language: str | None, license: 
     return ModelCardData(language=language, license=license, library_name="sentence-transformers", pipeline_tag="feature-extraction",
                          tags=list(TAGS), base_model=base_model, model_name=name if found else None, eval_results=found or None)
 
-# %% ../nbs/09_hub_card.ipynb #fafa049b
+# %% ../nbs/09_hub_card.ipynb #88792333
 def model_card(
     checkpoint: str | Path,  # a checked checkpoint
     repo: str,  # "user/name"
@@ -189,7 +189,8 @@ def model_card(
         if value is not None and not (isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9][\w.-]*", value)):
             raise ValueError(f"expected {what} to be a short code such as {'en' if what == 'language' else 'apache-2.0'!r}, got {value!r}")
     notes = ["It ranks passages by how well their words match those of the query in context. It does not answer questions, and says nothing "
-             "of whether a passage is true.", f"Text beyond {settings['doc_maxlen']} tokens of a passage is not seen: cut long documents into passages."]
+             "of whether a passage is true.",
+             f"Text beyond {settings['doc_maxlen']} tokens of a passage is not seen: cut long documents into passages."]
     if not settings["query_expansion"]:
         notes.append("It was trained without filling queries up with `[MASK]`. RAGatouille and colbert-ai always do that, so their scores differ.")
     if settings["skip_punctuation_before_encoding"]:
