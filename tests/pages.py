@@ -18,7 +18,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 HEAVY = ("matplotlib.pyplot", "pandas", "nbdev.test", "nbdev.showdoc", "torch", "datasets", "sentence_transformers", "transformers.trainer",
-         "transformers.models.auto.modeling_auto", "transformers.models.bert.modeling_bert", "transformers.models.bert.tokenization_bert")
+         "transformers.models.auto.modeling_auto", "transformers.models.bert.tokenization_bert",
+         *(f"transformers.models.{kind}.modeling_{kind}" for kind in ("bert", "roberta", "xlm_roberta", "electra", "deberta_v2")))
 
 
 def check(notebook: Path) -> None:

@@ -5,7 +5,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -201,17 +200,12 @@ def test_errors_come_out_in_every_process(two):
     assert not (folder / "a").exists()
 
 
-def test_accelerate_launch_starts_them_too(encoder, tmp_path):
+def test_accelerate_launch_starts_them_too_and_one_broken_process_ends_all(encoder, tmp_path):
+    "The limit is far below the half hour that a process would wait for one that is gone."
     done = launch(["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-                   "--dynamo_backend", "no", "--main_process_port", str(free_port())], encoder, tmp_path, "a_gradient")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert max(value for answer in answers(tmp_path, 2) for value in answer["a_gradient"].values()) < 1e-5
-
-
-def test_one_broken_process_ends_all(encoder, tmp_path):
-    start = time.monotonic()
-    done = launch(torchrun(2), encoder, tmp_path, "broken", timeout=120)
-    assert done.returncode != 0 and "process 1 breaks" in done.stderr and time.monotonic() - start < 100
+                   "--dynamo_backend", "no", "--main_process_port", str(free_port())], encoder, tmp_path, "a_gradient", "broken", timeout=300)
+    assert max(value for answer in answers(tmp_path, 2) for value in answer["a_gradient"].values()) < 1e-5, done.stderr[-3000:]
+    assert done.returncode != 0 and "process 1 breaks" in done.stderr
     assert not (tmp_path / "broken/best").exists()
 
 
