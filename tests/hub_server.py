@@ -5,9 +5,12 @@
         HfApi(endpoint=hub.url, token="hf_of_ada").create_repo("ada/model")
 
 Small files are blobs of the git repository, large ones are LFS pointers there; what they point to lies in `folder/objects` (came by
-LFS) or in `folder/xet`, the local store of hf_xet, which the client writes itself because the answer to its token request names
+LFS) or in `folder/xet`, in local stores of hf_xet, which the client writes itself because the answer to its token request names
 `local:///…` as the storage's address. That address is not documented: `tests/test_hub_server.py` says so where it stops working.
-Needs the standard library and git; hf_xet only where a file that came by xet is asked for without xet.
+A store can be open in one process only, and stays open until that ends. So each token names a store of its own: to write, a copy of the
+last one; to read, a copy of one that holds the revision's files. Content is linked, not copied.
+Needs the standard library and git; hf_xet only where a file that came by xet is asked for without xet, and where a revision's files came
+from several writers at once.
 """
 
 import base64
@@ -36,6 +39,7 @@ LARGE_BYTES = 10 * 2**20  # the Hub keeps larger files out of git whatever their
 ATTRIBUTES = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LARGE).encode()
 LICENSES = "apache-2.0 mit bsd-3-clause cc0-1.0 cc-by-4.0 cc-by-sa-4.0 cc-by-nc-4.0 gpl-3.0 lgpl-3.0 mpl-2.0 openrail unknown other".split()
 WRONG_TOKEN = "Invalid credentials in Authorization header"  # the client knows this sentence
+ASIDE = ("/api/agent-harnesses", "/api/telemetry")  # what the client asks for its own ends: neither recorded nor at fault
 NAME = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?")
 
 
@@ -75,6 +79,7 @@ class Rule:
     path: re.Pattern
     times: int | None
     after: bool
+    skip: int = 0
     status: int | None = None
     message: str = "injected fault"
     code: str | None = None
@@ -135,12 +140,13 @@ class Repository:
                             "path": name})
             if kind == "blob" and int(size) < 200:
                 small.append(entries[-1])
+        xet = self.hub.xet_files() if small else {}
         for entry, content in zip(small, self.blobs([entry["oid"] for entry in small])):
             if pointer := re.fullmatch(rb"version https://git-lfs\.github\.com/spec/v1\noid sha256:([0-9a-f]{64})\nsize (\d+)\n", content):
                 oid, size = pointer[1].decode(), int(pointer[2])
                 entry.update(size=size, lfs={"oid": oid, "size": size, "pointerSize": len(content)})
-                if oid in self.hub.xet_files():
-                    entry["xetHash"] = self.hub.xet_files()[oid][0]
+                if oid in xet:
+                    entry["xetHash"] = xet[oid][0]
         return entries
 
     def blobs(self, oids: list[str]) -> Iterator[bytes]:
@@ -174,8 +180,8 @@ class Repository:
         return new
 
     def log(self, commit: str, path: str | None = None, most: int | None = None) -> list[dict]:
-        options = [f"-{most}"] if most else []
-        listed = self.git("log", "-z", "--format=%H%x1f%s%x1f%b%x1f%an%x1f%cd", "--date=format-local:%Y-%m-%dT%H:%M:%S.000Z", *options, commit, *(["--", path] if path else []))
+        form = ("-z", "--format=%H%x1f%s%x1f%b%x1f%an%x1f%cd", "--date=format-local:%Y-%m-%dT%H:%M:%S.000Z")
+        listed = self.git("log", *form, *([f"-{most}"] if most else []), commit, *(["--", path] if path else []))
         rows = (row.split("\x1f") for row in listed.decode().split("\0") if row)
         return [{"id": oid, "title": title, "message": body.strip(), "authors": [{"user": author}], "date": date}
                 for oid, title, body, author, date in rows]
@@ -202,14 +208,18 @@ def shard_files(shard: bytes) -> Iterator[tuple[str, str, int]]:
             at += 48
 
 
+def xet_url(store: Path) -> str:
+    return f"local://{store.as_posix()}"
+
+
 class HubServer:
     "The server; see the head of the file."
 
     def __init__(self, folder: str | Path, port: int = 0):
         self.folder = Path(folder).resolve()
         (self.folder / "objects").mkdir(parents=True, exist_ok=True)
-        self.store = self.folder / "xet"
-        self.store.mkdir(exist_ok=True)
+        self.stores: list[Path] = []
+        self.sealed: dict[Path, dict[str, tuple[str, int]]] = {}  # stores that a commit refers to, with their files
         self.users: dict[str, User] = {}  # by token
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.requests: list[tuple[str, str]] = []  # method, path with its query
@@ -236,6 +246,7 @@ class HubServer:
         for connection in list(self.connections):
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
+        shutil.rmtree(self.folder / "xet", ignore_errors=True)  # a megabyte for each token
 
     # what a test does
     def add_user(self, name: str, token: str, role: str = "write", orgs: tuple[str, ...] = ()) -> None:
@@ -244,10 +255,10 @@ class HubServer:
         self.users[token] = User(name, role, tuple(orgs))
 
     def fail(self, method: str | None = None, path: str = "", status: int | None = 503, times: int | None = 1, after: bool = False,
-             message: str = "injected fault", code: str | None = None) -> None:
-        """A fault at the next `times` requests (None: all) whose method and path (with query) match. With `status` None the connection
-        is cut; with `after` the request is carried out and its answer is lost."""
-        self.rules.append(Rule(method, re.compile(path), times, after, status, message, code))
+             skip: int = 0, message: str = "injected fault", code: str | None = None) -> None:
+        """A fault at the next `times` requests (None: all) whose method and path (with query) match, the first `skip` of them left alone.
+        With `status` None the connection is cut; with `after` the request is carried out and its answer is lost."""
+        self.rules.append(Rule(method, re.compile(path), times, after, skip, status, message, code))
 
     def when(self, method: str | None, path: str, call: Callable, times: int | None = 1, after: bool = False) -> None:
         "Calls a function before (or `after`) the requests that match are carried out: another writer, say."
@@ -287,13 +298,56 @@ class HubServer:
         return {row.split()[0]: row.split()[-1] for row in rows}
 
     # the stores
-    def xet_files(self) -> dict[str, tuple[str, int]]:
-        "sha256 -> xet hash and size of what the store holds."
+    def new_store(self, base: Path | None = None) -> Path:
+        "A local store of hf_xet, empty or with what `base` holds."
         with self.lock:
-            for path in self.store.rglob("*.mdb"):
-                if path.name not in self.shards:
-                    self.shards[path.name] = {sha: (name, size) for sha, name, size in shard_files(path.read_bytes())}
-            return {sha: found for shard in self.shards.values() for sha, found in shard.items()}
+            store = self.folder / "xet" / f"{len(self.stores)}"
+            store.mkdir(parents=True)
+            for file in base.rglob("*") if base else ():
+                if file.is_file() and "shard-session" not in file.parts:
+                    (store / file.relative_to(base)).parent.mkdir(parents=True, exist_ok=True)
+                    (shutil.copyfile if file.suffix == ".redb" else os.link)(file, store / file.relative_to(base))
+            self.stores.append(store)
+        return store
+
+    def xet_files(self) -> dict[str, tuple[str, int]]:
+        "sha256 -> xet hash and size of what the stores hold."
+        with self.lock:
+            return {oid: found for store in self.stores for oid, found in self.held(store).items()}
+
+    def held(self, store: Path) -> dict[str, tuple[str, int]]:
+        if store in self.sealed:
+            return self.sealed[store]
+        for path in store.rglob("*.mdb"):
+            if path.name not in self.shards and "shard-session" not in path.parts:
+                self.shards[path.name] = {oid: (name, size) for oid, name, size in shard_files(path.read_bytes())}
+        return {oid: found for path in store.rglob("*.mdb") for oid, found in self.shards.get(path.name, {}).items()}
+
+    def seal(self, oid: str) -> None:
+        "A commit refers to this file: the stores that hold it are written no more."
+        for store in self.stores:
+            if store not in self.sealed and oid in (files := self.held(store)):
+                self.sealed[store] = files
+
+    def store_to_write(self) -> Path:
+        with self.lock:
+            return self.new_store(next(reversed(self.sealed), None))
+
+    def store_to_read(self, oids: set[str]) -> Path:
+        "A store that holds all these files; those of several writers are put together."
+        with self.lock:
+            if not oids:
+                return self.new_store()
+            best = max(self.sealed, key=lambda store: len(oids & self.sealed[store].keys()))
+            missing = sorted(oids - self.sealed[best].keys())
+            if missing:
+                from hf_xet import XetSession
+                paths, best = [self.object(oid) for oid in missing], self.new_store(best)
+                with XetSession().new_upload_commit(endpoint=xet_url(best), token="none", token_expiry_unix_secs=2**40) as commit:
+                    for oid, path in zip(missing, paths):
+                        commit.start_upload_file(str(path), sha256=oid)
+                self.sealed[best] = self.held(best)
+            return self.new_store(best)
 
     def object(self, oid: str) -> Path:
         "The file with a sha256; one that came by xet is put together first."
@@ -303,18 +357,15 @@ class HubServer:
                 if oid not in self.xet_files():
                     raise Refused(404, f"no object {oid}", "EntryNotFound")
                 from hf_xet import XetFileInfo, XetSession
-                part = path.with_suffix(".part")
-                with XetSession().new_file_download_group(endpoint=self.xet_url, token="none", token_expiry_unix_secs=2**40) as group:
+                self.seal(oid)
+                store, part = self.store_to_read({oid}), path.with_suffix(".part")
+                with XetSession().new_file_download_group(endpoint=xet_url(store), token="none", token_expiry_unix_secs=2**40) as group:
                     group.start_download_file(XetFileInfo(*self.xet_files()[oid]), str(part))
                 part.rename(path)
         return path
 
     def holds(self, oid: str) -> bool:
         return (self.folder / "objects" / oid).exists() or oid in self.xet_files()
-
-    @property
-    def xet_url(self) -> str:
-        return f"local://{self.store.as_posix()}"
 
     def storage(self, oid: str) -> str:
         return f"{self.url}/storage/{self.secret}/{oid}"
@@ -359,11 +410,7 @@ class Handler(BaseHTTPRequestHandler):
     def do(self):
         self.given = self.read_body()
         with self.given:
-            with self.hub.lock:
-                self.hub.requests.append((self.command, self.path))
-                rule = next((r for r in self.hub.rules if r.times != 0 and r.method in (None, self.command) and r.path.search(self.path)), None)
-                if rule and rule.times is not None:
-                    rule.times -= 1
+            rule = self.note()
             if rule and rule.call and not rule.after:
                 rule.call()
             if not rule or rule.call or rule.after:
@@ -379,6 +426,21 @@ class Handler(BaseHTTPRequestHandler):
             self.send(answer)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do
+
+    def note(self) -> Rule | None:
+        "Records the request; the fault or call that it meets."
+        if self.path.startswith(ASIDE):
+            return None
+        with self.hub.lock:
+            self.hub.requests.append((self.command, self.path))
+            for rule in self.hub.rules:
+                if rule.times != 0 and rule.method in (None, self.command) and rule.path.search(self.path):
+                    if rule.skip:
+                        rule.skip -= 1
+                        continue
+                    rule.times = rule.times if rule.times is None else rule.times - 1
+                    return rule
+        return None
 
     def read_body(self):
         body = tempfile.SpooledTemporaryFile(max_size=2**20)
@@ -575,9 +637,12 @@ def preupload(request: Handler, kind: str, name: str, revision: str) -> Answer:
 def xet_token(request: Handler, kind: str, name: str, access: str, revision: str) -> Answer:
     if access == "write":
         request.writable(kind, name, request.pull_request(revision) or revision == "None")
+        store = request.hub.store_to_write()
     else:
-        request.repository(kind, name)
-    url, token, end = request.hub.xet_url, f"xet-{access}", int(time.time()) + 3600
+        repository = request.repository(kind, name)
+        files = repository.tree(repository.find(revision)[0])
+        store = request.hub.store_to_read({entry["lfs"]["oid"] for entry in files if "xetHash" in entry})
+    url, token, end = xet_url(store), f"xet-{access}", int(time.time()) + 3600
     return Answer.of({"casUrl": url, "accessToken": token, "exp": end},
                      **{"X-Xet-Cas-Url": url, "X-Xet-Access-Token": token, "X-Xet-Token-Expiration": str(end)})
 
@@ -665,6 +730,7 @@ def make_commit(request: Handler, kind: str, name: str, revision: str) -> Answer
                 if not request.hub.holds(value["oid"]):
                     raise Refused(400, "Your push was rejected because an LFS pointer pointed to a file that does not exist: "
                                        f"{value['path']} {value['oid']}")
+                request.hub.seal(value["oid"])
                 size = value.get("size")
                 if size is None:
                     size = request.hub.object(value["oid"]).stat().st_size
