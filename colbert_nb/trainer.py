@@ -102,7 +102,7 @@ def length_tokenizer(
                             query_token_id=marker, doc_token_id=marker, query_expansion=False,
                             skip_punctuation_before_encoding=stored["skip_punctuation_before_encoding"])
 
-# %% ../nbs/04_trainer.ipynb #f02475b3
+# %% ../nbs/04_trainer.ipynb #59725ab1
 class RAGTrainer:
     """From rows of text to a trained ColBERT, with RAGatouille's names and defaults.
 
@@ -275,6 +275,23 @@ class RAGTrainer:
             return target
 
         return on_rank_0(copy)
+
+    def push_to_hub(
+        self,
+        huggingface_repo_name: str,  # "user/name"
+        export_vespa_onnx: bool = False,  # send vespa_colbert.onnx, too
+        use_tmp_dir: bool = False,  # True: do not leave that file beside the checkpoint
+        **options,  # anything else of `colbert_nb.hub.export_to_huggingface_hub`: private, create_pr, tag, license, dry_run, ...
+    ) -> "str | list[HubFile]":  # the commit's URL; with dry_run the files
+        "Publish the trained checkpoint. ValueError before training, errors as in `colbert_nb.hub.export_to_huggingface_hub`."
+        from colbert_nb.hub import export_to_huggingface_hub
+        from colbert_nb.training_scale import on_rank_0
+
+        if self.model_path is None:
+            raise ValueError("no trained model: call train first, or set model_path to the checkpoint that an earlier call returned.")
+        data = self.data_dir if self.data_dir and (Path(self.data_dir) / "manifest.json").is_file() else None
+        known = {"base_model": self.pretrained_model_name, "language": self.language_code, "data": data} | options
+        return on_rank_0(lambda: export_to_huggingface_hub(self.model_path, huggingface_repo_name, export_vespa_onnx, use_tmp_dir, **known))
 
     def _load(self) -> "TrainingData":
         "The training data, read and checked once for as long as its files stay what they are."
