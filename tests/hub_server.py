@@ -93,6 +93,7 @@ class Repository:
     def __init__(self, hub: "HubServer", kind: str, name: str, private: bool):
         self.hub, self.kind, self.name, self.private = hub, kind, name, private
         self.discussions: list[dict] = []
+        self.listed: dict[tuple, list[dict]] = {}  # a commit's tree never changes
         self.path = hub.folder / "repositories" / kind / f"{name}.git"
         self.path.mkdir(parents=True)
         self.git("init", "--quiet", "--bare", "--initial-branch=main", ".")
@@ -128,26 +129,29 @@ class Repository:
 
     def tree(self, commit: str, path: str = "", recursive: bool = True) -> list[dict]:
         "What the Hub's tree lists, with the size and hash of the file that a pointer stands for."
+        xet = self.hub.xet_files()
+        return [entry | ({"xetHash": xet[entry["lfs"]["oid"]][0]} if entry.get("lfs", {}).get("oid") in xet else {})
+                for entry in self.listing(commit, path.rstrip("/"), recursive)]
+
+    def listing(self, commit: str, path: str, recursive: bool) -> list[dict]:
+        if (commit, path, recursive) in self.listed:
+            return self.listed[commit, path, recursive]
         options = ["-r", "-t"] if recursive else []
-        listed = self.git("ls-tree", "-z", "-l", *options, commit, "--", *([path.rstrip("/") + "/"] if path else []))
         entries, small = [], []
-        for line in listed.decode().split("\0")[:-1]:
+        for line in self.git("ls-tree", "-z", "-l", *options, commit, "--", *([path + "/"] if path else [])).decode().split("\0")[:-1]:
             about, name = line.split("\t", 1)
             _, kind, oid, size = about.split()
-            if path and not name.startswith(path.rstrip("/") + "/"):
+            if path and not name.startswith(path + "/"):
                 continue
             entries.append({"type": "file" if kind == "blob" else "directory", "oid": oid, "size": int(size) if kind == "blob" else 0,
                             "path": name})
             if kind == "blob" and int(size) < 200:
                 small.append(entries[-1])
-        xet = self.hub.xet_files() if small else {}
         for entry, content in zip(small, self.blobs([entry["oid"] for entry in small])):
             if pointer := re.fullmatch(rb"version https://git-lfs\.github\.com/spec/v1\noid sha256:([0-9a-f]{64})\nsize (\d+)\n", content):
-                oid, size = pointer[1].decode(), int(pointer[2])
-                entry.update(size=size, lfs={"oid": oid, "size": size, "pointerSize": len(content)})
-                if oid in xet:
-                    entry["xetHash"] = xet[oid][0]
-        return entries
+                size = int(pointer[2])
+                entry.update(size=size, lfs={"oid": pointer[1].decode(), "size": size, "pointerSize": len(content)})
+        return self.listed.setdefault((commit, path, recursive), entries)
 
     def blobs(self, oids: list[str]) -> Iterator[bytes]:
         answer, at = self.git("cat-file", "--batch", given="".join(f"{oid}\n" for oid in oids).encode()) if oids else b"", 0
