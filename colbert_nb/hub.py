@@ -50,7 +50,7 @@ def stale_names(files: list[HubFile], there: Mapping[str, RepoFile]) -> list[str
     old = [name for name in there if name in mine or PART.fullmatch(name) or re.fullmatch(r"pytorch_model[\w-]*\.bin(\.index\.json)?", name)]
     return sorted(set(old) - {file.name for file in files})
 
-# %% ../nbs/09_hub.ipynb #bf93d9e7
+# %% ../nbs/09_hub.ipynb #c1374ceb
 def push_files(
     api: HfApi,  # with its token
     repo: str,  # "user/name"
@@ -79,7 +79,7 @@ def push_files(
         if len(wanted) < len(files):
             log.info("%s has a model card, which is kept; replace_model_card=True replaces it", repo)
         if "config.json" in there and "artifact.metadata" not in there and not create_pr:
-            raise HubError("other_model", f"expected a new repository or a ColBERT checkpoint, got another kind of model in {repo!r}; nothing was sent")
+            raise HubError("other_model", f"expected a new repository or a ColBERT checkpoint, got another kind in {repo!r}; nothing was sent")
         stale, changed = stale_names(wanted, there), [file for file in wanted if not same(file, there.get(file.name))]
         if tag and tagged.get(tag, head) != head or tag in tagged and (changed or stale):
             raise HubError("tag", f"expected a new tag, or {tag!r} at these files, got it at {tagged[tag][:8]}; nothing was sent, take another")
@@ -119,15 +119,15 @@ def _equal_request(api: HfApi, repo: str, wanted: list[HubFile], message: str) -
                 return commit
     return None
 
-# %% ../nbs/09_hub.ipynb #17bad786
+# %% ../nbs/09_hub.ipynb #65f3d313
 def check_request(repo: str, revision: str | None, create_pr: bool, tag: str | None, message: str) -> None:
     "Raises ValueError for names that cannot be, and for wishes that exclude each other."
+    if not isinstance(repo, str) or repo.count("/") != 1:
+        raise ValueError(f"expected a repository name with its owner, such as 'user/name', got {repo!r:.120}")
     try:
         validate_repo_id(repo)
     except ValueError as error:
         raise ValueError(f"expected a repository name such as 'user/name', got {repo!r:.120}: {error}") from error
-    if repo.count("/") != 1:
-        raise ValueError(f"expected a repository name with its owner, such as 'user/name', got {repo!r}")
     for what, name in (("revision", revision), ("tag", tag)):
         if name is not None and not (isinstance(name, str) and re.fullmatch(r"\w[\w./+-]*", name)):
             raise ValueError(f"expected {what} to be the name of a branch or tag, got {name!r}")
