@@ -96,7 +96,7 @@ class Repository:
         self.listed: dict[tuple, list[dict]] = {}  # a commit's tree never changes
         self.path = hub.folder / "repositories" / kind / f"{name}.git"
         self.path.mkdir(parents=True)
-        self.git("init", "--quiet", "--bare", "--initial-branch=main", ".")
+        self.git("init", "--quiet", "--bare", "--template=", "--initial-branch=main", ".")
         self.commit("refs/heads/main", None, {".gitattributes": ATTRIBUTES}, "initial commit", "system")
 
     @property
@@ -167,11 +167,13 @@ class Repository:
 
     def commit(self, ref: str, parent: str | None, changes: dict[str, bytes | None], message: str, author: str) -> str:
         "Writes the files (None removes one) on top of `parent` and moves the ref, which must still be there."
-        lines = []
-        for path, content in changes.items():
-            blob = "0" * 40 if content is None else self.git("hash-object", "-w", "--stdin", given=content).decode().strip()
-            lines.append(f"{'0' if content is None else '100644'} {blob}\t{path}\0")
         with tempfile.TemporaryDirectory(dir=self.hub.folder) as scratch:
+            kept = [path for path, content in changes.items() if content is not None]
+            for i, path in enumerate(kept):
+                (Path(scratch) / f"{i}").write_bytes(changes[path])
+            given = "".join(f"{Path(scratch) / f'{i}'}\n" for i in range(len(kept)))
+            blobs = dict(zip(kept, self.git("hash-object", "-w", "--no-filters", "--stdin-paths", given=given.encode()).decode().split()))
+            lines = [f"100644 {blobs[path]}\t{path}\0" if path in blobs else f"0 {'0' * 40}\t{path}\0" for path in changes]
             index = {"GIT_INDEX_FILE": str(Path(scratch) / "index")}
             if parent:
                 self.git("read-tree", parent, **index)
@@ -394,6 +396,7 @@ class Handler(BaseHTTPRequestHandler):
     hub: HubServer
     protocol_version = "HTTP/1.1"
     timeout = 60
+    disable_nagle_algorithm = True  # else a body waits 40 ms for the client to confirm the head
 
     def setup(self):
         super().setup()

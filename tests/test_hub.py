@@ -116,23 +116,15 @@ def minilm(tmp_path_factory):
     return ColBERT.from_pretrained(minilm_path(), dim=128, device="cpu").save_pretrained(tmp_path_factory.mktemp("minilm") / "checkpoint")
 
 
-PUSH = """
-import sys
-from huggingface_hub import snapshot_download
-if sys.argv[2] == "lfs":
-    from colbert_nb.hub import export_to_huggingface_hub
-    export_to_huggingface_hub(sys.argv[1], "ada/model")
-print(snapshot_download("ada/model"))
-"""
-
-
 @pytest.mark.parametrize("way", ["xet", "lfs"])
-def test_the_real_weights_by_both_ways(hub, minilm, tmp_path, way):
-    "Up in this process by xet, or by LFS in another, which reads token and address from its environment; back in another by the same way."
-    if way == "xet":
-        push(minilm)
+def test_the_real_weights_by_both_ways(hub, minilm, tmp_path, monkeypatch, way):
+    "Up from here, and down into another process, whose client reads the way from its environment."
+    from huggingface_hub import constants
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", way == "lfs")
+    push(minilm)
+    code = "import huggingface_hub; print(huggingface_hub.snapshot_download('ada/model'))"
     settings = {"HF_HUB_DISABLE_XET": "1"} if way == "lfs" else {}
-    back = Path(ended(start(PUSH, minilm, way, url=hub.url, home=tmp_path / "other", token=TOKEN, **settings)).split()[-1])
+    back = Path(ended(start(code, url=hub.url, home=tmp_path / "other", token=TOKEN, **settings)).strip())
     assert (minilm / "model.safetensors").stat().st_size > 90_000_000 and whole(hub, minilm)
     assert all((back / path.name).read_bytes() == path.read_bytes() for path in minilm.iterdir())
     assert bool(hub.xet_files()) == (way == "xet") == any("xet-read-token" in path for _, path in hub.requests)
@@ -211,10 +203,12 @@ def test_a_card_that_is_there_is_kept(hub, checkpoint):
 
 # Faults
 ONCE = {"503": {"status": 503}, "cut": {"status": None}, "lost": {"status": None, "after": True}, "504 late": {"status": 504, "after": True}}
-PUSHES = {"plain": {}, "branch and tag": {"revision": "try/one", "tag": "v1", "private": True}, "pull request": {"create_pr": True}, "lfs": {}}
+PUSHES = {"plain": {}, "commit": {}, "branch and tag": {"revision": "try/one", "tag": "v1", "private": True}, "pull request": {"create_pr": True}, "lfs": {}}
 
 
-@pytest.mark.parametrize("kind, fault", [(kind, fault) for kind in PUSHES for fault in ONCE if kind == "plain" or fault in ("503", "lost")])
+@pytest.mark.parametrize("kind, fault", [("plain", "503"), ("plain", "cut"), ("plain", "lost"), ("commit", "504 late"),
+                                         ("branch and tag", "503"), ("branch and tag", "lost"), ("pull request", "503"),
+                                         ("pull request", "lost"), ("lfs", "503"), ("lfs", "lost")])
 def test_one_fault_at_each_request_ends_in_success(hub, checkpoint, unchecked, monkeypatch, kind, fault):
     "Each request of a push fails once, in turn: there is one commit, one pull request, and all files."
     from huggingface_hub import constants
@@ -231,7 +225,7 @@ def test_one_fault_at_each_request_ends_in_success(hub, checkpoint, unchecked, m
     asked = [f"{method} {path}" for method, path in hub.requests]
     assert all(any(part in request for request in asked) for part in ("/commit/", "/info/lfs/" if kind == "lfs" else "xet-write-token"))
     revision = {"branch and tag": "try/one", "pull request": "refs/pr/1"}.get(kind, "main")
-    own = re.compile("" if kind == "plain" else "/commit/|/branch/|/tag/|/refs|try|discussions|lfs|/storage/")  # the others fail in a plain push
+    own = re.compile({"plain": "", "lfs": "lfs|/storage/"}.get(kind, "/commit/|/branch/|/tag/|/refs|discussions"))  # else as in plain
     for i, request in enumerate(asked):
         if not own.search(request):
             continue
@@ -252,17 +246,20 @@ def test_one_fault_at_each_request_ends_in_success(hub, checkpoint, unchecked, m
 
 @pytest.mark.parametrize("status, kind", [(503, "unavailable"), (None, "no_reach")])
 def test_a_server_that_goes_away_is_a_clear_error(hub, checkpoint, unchecked, status, kind):
-    "From each request on nothing is answered: an error that says so, and never two commits."
-    push(checkpoint, "ada/plain", tag="v1")
-    for i in range(len(hub.requests)):
+    "From each request on nothing is answered: an error that says so, and a later push mends what was left."
+    push(checkpoint, "ada/plain")
+    asked = [path for _, path in hub.requests]
+    commit = next(i for i, path in enumerate(asked) if "/commit/" in path)
+    for i, path in enumerate(asked):
+        name = "ada/model" if i <= commit else f"ada/model{i}"
         hub.fail(skip=i, status=status, times=None)
-        error = failure(kind, checkpoint, f"ada/model{i}", tag="v1")
+        error = failure(kind, checkpoint, name)
         hub.heal()
-        assert error.__cause__ is not None
-        if ("model", f"ada/model{i}") in hub.repositories:
-            assert len(hub.commits(f"ada/model{i}")) <= 2
-        push(checkpoint, f"ada/model{i}", tag="v1")
-        assert len(hub.commits(f"ada/model{i}")) == 2 and whole(hub, checkpoint, f"ada/model{i}")
+        count = len(hub.commits(name)) if ("model", name) in hub.repositories else 0
+        assert error.__cause__ is not None and count == (i > 0) + (i > commit), path
+    for name in ("ada/model", f"ada/model{len(asked) - 1}"):
+        push(checkpoint, name)
+        assert len(hub.commits(name)) == 2 and whole(hub, checkpoint, name)
 
 
 def test_another_writer_in_between(hub, checkpoint):
