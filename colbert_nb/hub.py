@@ -138,7 +138,7 @@ def check_request(repo: str, revision: str | None, create_pr: bool, tag: str | N
     if not isinstance(message, str) or not message.strip():
         raise ValueError(f"expected a commit message, got {message!r}")
 
-# %% ../nbs/09_hub.ipynb #b37a8f17
+# %% ../nbs/09_hub.ipynb #6902da3c
 def export_to_huggingface_hub(
     colbert_path: str | Path,  # a checkpoint, as `train` returns it; nothing in it is changed, but for `use_tmp_dir`
     huggingface_repo_name: str,  # "user/name"
@@ -172,7 +172,8 @@ def export_to_huggingface_hub(
         if metrics is not None:
             log.warning("README.md of %s is the card, so metrics= is not used", folder)
     else:
-        card = model_card(folder, huggingface_repo_name, base_model=base_model, language=language, license=license, data=data, metrics=metrics)
+        card = model_card(folder, huggingface_repo_name, base_model=base_model, language=language, license=license, data=data,
+                          metrics=metrics, vespa_onnx=export_vespa_onnx)
         files.append(HubFile.of("README.md", card.encode()))
     with tempfile.TemporaryDirectory() as spare:
         if export_vespa_onnx:

@@ -105,7 +105,7 @@ model = MultiVectorEncoder("{repo}")
 {spare}scores = model.similarity(model.encode_query([query]), model.encode_document(passages))
 '''}
 
-# %% ../nbs/09_hub_card.ipynb #f44cd7d0
+# %% ../nbs/09_hub_card.ipynb #53548369
 MINERS = {"SentenceTransformer": "a dense model in sentence-transformers", "ColBERT": "a ColBERT", "bm25": "BM25"}  # names that are no model's
 
 
@@ -123,9 +123,10 @@ def describe_model(records: dict, base_model: str | None, language: str | None, 
     "What the model is, as a table."
     config, settings = records["config"], records["settings"]
     layers = config.get("num_hidden_layers")
+    depth = f", {layers} layer{'s' * (layers != 1)}" if layers else ""
     return rows({
         "Base model": f"[{base_model}](https://huggingface.co/{base_model})" if base_model else None,
-        "Encoder": f"{config.get('model_type')}, hidden size {config.get('hidden_size')}" + (f", {layers} layers" if layers else ""),
+        "Encoder": f"{config.get('model_type')}, hidden size {config.get('hidden_size')}{depth}",
         "Language": language,
         "Licence": license,
         "Vectors": f"{settings['dim']} numbers a token, of length 1; MaxSim on cosine similarity",
@@ -173,7 +174,7 @@ def card_head(name: str, base_model: str | None, language: str | None, license: 
     return ModelCardData(language=language, license=license, library_name="sentence-transformers", pipeline_tag="feature-extraction",
                          tags=list(TAGS), base_model=base_model, model_name=name if found else None, eval_results=found or None)
 
-# %% ../nbs/09_hub_card.ipynb #7e9a82cd
+# %% ../nbs/09_hub_card.ipynb #335595e2
 def model_card(
     checkpoint: str | Path,  # a checked checkpoint
     repo: str,  # "user/name"
@@ -183,6 +184,7 @@ def model_card(
     license: str | None = None,  # as on the Hub: "apache-2.0", "mit", ...
     data: str | Path | None = None,  # data folder, for its counts and its miner
     metrics: Mapping | None = None,  # as in `check_metrics`; None: the run's results.json
+    vespa_onnx: bool = False,  # whether vespa_colbert.onnx goes, too
 ) -> str:  # README.md
     "A model card from what is known of a checkpoint. Raises ValueError for metrics, records or names that cannot be meant."
     records = read_records(Path(checkpoint), data)
@@ -208,6 +210,8 @@ def model_card(
         parts += ["## Results", on + start, str(results)]
     parts += ["## Use", "The files are a checkpoint in colbert-ai's format, which these libraries open as it is."]
     parts += [f"### {library}\n\n```python\n{code}```" for library, code in snippets(repo, settings).items()]
+    if vespa_onnx:
+        parts.append("### Vespa\n\n`vespa_colbert.onnx` is this model in one file for Vespa's `colbert-embedder`, beside `tokenizer.json`.")
     parts += ["## Training", describe_training(records), "## Limits", "\n".join(f"- {note}" for note in notes)]
     text = f"---\n{card_head(name, base, language, license, results, dataset).to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
     if TOKEN.search(text):
