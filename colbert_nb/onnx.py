@@ -85,19 +85,23 @@ def tokenizer_json(model: ColBERT) -> str:
     tokenizer.no_padding()
     return tokenizer.to_str(pretty=True) + "\n"
 
-# %% ../nbs/10_onnx.ipynb #a3fa3bee
-def _destination(out_path: str | Path, out_file_name: str, tokenizer: str) -> tuple[Path, Path]:
-    "The two files that will be written. Raises ValueError for a name that is none, or another model's tokenizer in the way."
+# %% ../nbs/10_onnx.ipynb #3d6279e4
+def _destination(out_path: str | Path, out_file_name: str) -> tuple[Path, Path]:
+    "The two files that will be written. Raises ValueError for a name that is none."
     if not isinstance(out_file_name, str) or Path(out_file_name).name != out_file_name or Path(out_file_name).suffix != ".onnx":
         raise ValueError(f"expected out_file_name as a file's name that ends in .onnx, got {out_file_name!r}")
-    file, beside = Path(out_path) / out_file_name, Path(out_path) / "tokenizer.json"
-    if Path(out_path).is_file() or file.is_dir():
+    folder = Path(out_path)
+    if folder.is_file() or (folder / out_file_name).is_dir():
         raise ValueError(f"expected a folder as out_path and a file in it, got {str(out_path)!r} with {out_file_name!r} as they are; take another name")
-    others = [path.name for path in Path(out_path).glob("*.onnx") if path != file] if beside.exists() else []
+    return folder / out_file_name, folder / "tokenizer.json"
+
+
+def _check_place(file: Path, beside: Path, tokenizer: str) -> None:
+    "Raises ValueError where another model stands in the folder, with a tokenizer.json of its own."
+    others = [path.name for path in file.parent.glob("*.onnx") if path != file] if beside.exists() else []
     if others and beside.read_text(encoding="utf-8") != tokenizer:
-        raise ValueError(f"expected a folder without another model, got {str(out_path)!r} with {others[0]!r}, which needs its own tokenizer.json; "
+        raise ValueError(f"expected a folder without another model, got {str(file.parent)!r} with {others[0]!r}, which needs its own tokenizer.json; "
                          "nothing was changed, take another folder")
-    return file, beside
 
 
 def export_to_vespa_onnx(
@@ -115,13 +119,14 @@ def export_to_vespa_onnx(
         raise ValueError(f"expected quantize to be None, 'int8' or 'fp16', got {quantize!r}")
     if opset not in OPSETS:
         raise ValueError(f"expected opset from {OPSETS[0]} to {OPSETS[-1]}, got {opset!r}")
+    file, beside = _destination(out_path, out_file_name)
     folder = locate_model(colbert_path)
     if not is_colbert_checkpoint(folder):
         raise ValueError(f"expected a ColBERT checkpoint with artifact.metadata, got {str(colbert_path)!r}; a plain encoder has no projection yet: train it, "
                          "or save one with ColBERT.from_pretrained(...).save_pretrained")
     model = ColBERT.from_pretrained(folder, device="cpu", attn_implementation="eager" if opset < 23 else None)
     tokenizer = tokenizer_json(model)
-    file, beside = _destination(out_path, out_file_name, tokenizer)
+    _check_place(file, beside, tokenizer)
     n_bytes = sum(weight.numel() * 4 for weight in model.parameters())
     if n_bytes > 2**31 - 2**24:
         raise ValueError(f"expected weights of less than 2 GB, the limit of a single ONNX file, got {n_bytes / 2**30:.1f} GB")
