@@ -25,14 +25,14 @@ from .onnx_check import (AXES, BATCHES, INPUTS, LENGTHS, OUTPUT, TOLERANCE, Toke
 log = logging.getLogger(__name__)
 _all_ = ["TokenVectors", "check_graph", "compare_with_model"]
 
-# %% ../nbs/10_onnx.ipynb #aa8bc565
+# %% ../nbs/10_onnx.ipynb #3d0d14c4
 OPSETS = range(18, 24)
 
 
 def export_graph(
     model: ColBERT,  # on the CPU in float32
     *,
-    opset: int = 18,  # version of ONNX's operations, 18 to 23; 18 is read by every Vespa with a colbert-embedder
+    opset: int = 18,  # version of ONNX's operations, 18 to 23; 18 is read by older versions of ONNX Runtime too
 ):  # an onnx ModelProto, tidied
     "The graph of `TokenVectors` with axes `batch` and `sequence`. Raises ValueError for another opset."
     if opset not in OPSETS:
