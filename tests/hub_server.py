@@ -93,7 +93,8 @@ class Repository:
     def __init__(self, hub: "HubServer", kind: str, name: str, private: bool):
         self.hub, self.kind, self.name, self.private = hub, kind, name, private
         self.discussions: list[dict] = []
-        self.listed: dict[tuple, list[dict]] = {}  # a commit's tree never changes
+        self.listed: dict[tuple, list[dict]] = {}  # a commit's tree and history never change
+        self.logged: dict[tuple, list[dict]] = {}
         self.path = hub.folder / "repositories" / kind / f"{name}.git"
         self.path.mkdir(parents=True)
         self.git("init", "--quiet", "--bare", "--template=", "--initial-branch=main", ".")
@@ -119,8 +120,8 @@ class Repository:
     def find(self, revision: str) -> tuple[str, str | None]:
         "The commit of a branch, tag, `refs/…` or (shortened) hash, and the ref that it is the head of."
         if not re.search(r"[\s~^:?*\\\[]|\.\.|^-|@\{", revision):
-            names = [revision] if revision.startswith("refs/") else [f"refs/heads/{revision}", f"refs/tags/{revision}"]
-            for name in names:
+            named = [revision] if revision.startswith("refs/") else [f"refs/heads/{revision}", f"refs/tags/{revision}"]
+            for name in named if not re.fullmatch("[0-9a-f]{40}", revision) else ():
                 if oid := self.ref(name):
                     return oid, name
             if re.fullmatch("[0-9a-f]{7,40}", revision) and (oid := self.ref(revision)):
@@ -186,11 +187,13 @@ class Repository:
         return new
 
     def log(self, commit: str, path: str | None = None, most: int | None = None) -> list[dict]:
-        form = ("-z", "--format=%H%x1f%s%x1f%b%x1f%an%x1f%cd", "--date=format-local:%Y-%m-%dT%H:%M:%S.000Z")
-        listed = self.git("log", *form, *([f"-{most}"] if most else []), commit, *(["--", path] if path else []))
-        rows = (row.split("\x1f") for row in listed.decode().split("\0") if row)
-        return [{"id": oid, "title": title, "message": body.strip(), "authors": [{"user": author}], "date": date}
-                for oid, title, body, author, date in rows]
+        if (commit, path, most) not in self.logged:
+            form = ("-z", "--format=%H%x1f%s%x1f%b%x1f%an%x1f%cd", "--date=format-local:%Y-%m-%dT%H:%M:%S.000Z")
+            listed = self.git("log", *form, *([f"-{most}"] if most else []), commit, *(["--", path] if path else []))
+            rows = (row.split("\x1f") for row in listed.decode().split("\0") if row)
+            self.logged[commit, path, most] = [{"id": oid, "title": title, "message": body.strip(), "authors": [{"user": author}], "date": date}
+                                               for oid, title, body, author, date in rows]
+        return self.logged[commit, path, most]
 
 
 # Xet's local store

@@ -203,7 +203,8 @@ def test_a_card_that_is_there_is_kept(hub, checkpoint):
 
 # Faults
 ONCE = {"503": {"status": 503}, "cut": {"status": None}, "lost": {"status": None, "after": True}, "504 late": {"status": 504, "after": True}}
-PUSHES = {"plain": {}, "commit": {}, "branch and tag": {"revision": "try/one", "tag": "v1", "private": True}, "pull request": {"create_pr": True}, "lfs": {}}
+PUSHES = {"plain": {}, "commit": {}, "lfs": {}, "branch and tag": {"revision": "try/one", "tag": "v1", "private": True},
+          "pull request": {"create_pr": True}}
 
 
 @pytest.mark.parametrize("kind, fault", [("plain", "503"), ("plain", "cut"), ("plain", "lost"), ("commit", "504 late"),
