@@ -20,7 +20,7 @@ import torch
 from .mining_index import ExactIndex, VoyagerIndex, make_index
 from .mining_rules import (MiningRules, PairScores, Verdict, choose, cross_encoder_scores, dense_scores, flat_positives,
                                      judge, rank_window, text_keys)
-from .mining_vectors import embed_texts, model_key, texts_key
+from .mining_vectors import embed_texts, model_key
 
 log = logging.getLogger(__name__)
 _all_ = ["MiningRules", "rank_window", "ExactIndex", "VoyagerIndex"]
@@ -148,14 +148,15 @@ class Miner:
         from colbert_nb.encoder import check_texts
 
         rules, queries = replace(self.rules, n=n), check_texts(queries, "query")
-        known, _ = flat_positives(positives, len(queries), len(corpus))
+        known, relevant = flat_positives(positives, len(queries), len(corpus))
         self.fit(corpus, len(queries))
         if not queries:
             return {}
         k, read = min(rules.max_rank + int(np.bincount(known).max(initial=0)), len(corpus)), self._read(queries)
         found = [self._rank(read[start : start + chunk_size], k) for start in range(0, len(queries), chunk_size)]
         ids, scores = (np.concatenate(part) for part in zip(*found))
-        judged = {"keys": text_keys(self.corpus) if rules.drop_same_text else None, "vectors": self.embeddings,
+        compared = np.append(ids, relevant)
+        judged = {"keys": text_keys(self.corpus, compared) if rules.drop_same_text else None, "vectors": self.embeddings,
                   "pair_scores": self._score(read)}
         if rules.asks("cross_"):
             judged["cross_encoder"] = cross_encoder_scores(self.cross_encoder, queries, self.corpus)
@@ -261,7 +262,7 @@ class HardNegativeMiner(Miner):
         log.info("embedding %d passages for mining", len(corpus))
         self.embeddings = self.embed(corpus)
         self.key = self._key()
-        folder = None if self.cache is None else Path(self.cache) / ("index-" + texts_key(corpus, f"{self.key} {self.rules.seed}"))
+        folder = None if self.cache is None else Path(self.cache) / f"index-{Path(self.embeddings.filename).stem}-{self.rules.seed}"
         self.index = make_index(self.embeddings, self.index_kind, n_queries=n_queries, seed=self.rules.seed, folder=folder,
                                 device=getattr(self.model, "device", None))
 

@@ -66,8 +66,8 @@ class ExactIndex:
         vectors: np.ndarray,  # (n_passages, dim) float32, each row of length 1; a memory map is read block by block
         *,
         device: str | torch.device | None = None,  # where blocks are scored; None: the CPU, on all its cores
-        n_passages_a_block: int = 65_536,  # with the next: a table of scores of 64 MB
-        n_queries_a_block: int = 256,
+        n_passages_a_block: int = 65_536,  # with the next: a table of scores of 134 MB
+        n_queries_a_block: int = 512,
     ):
         self.vectors, self.device = _checked(vectors, "vectors"), torch.device(device or "cpu")
         self.blocks = n_passages_a_block, n_queries_a_block
@@ -86,6 +86,7 @@ class ExactIndex:
         queries, kept = _tensor(_checked(queries, "queries", self.vectors.shape[1])), 0
         table = torch.empty(min(q_block, len(queries)), min(n_block, n), device=self.device)
         strip = 4096 if self.device.type == "cpu" else n_block
+        product = _numpy_product if self.device.type == "cpu" else torch.matmul
         for first in range(0, n, n_block):
             block = _tensor(self.vectors[first : first + n_block]).to(self.device)
             now = min(k, kept + len(block))  # that can be known so far
@@ -94,7 +95,7 @@ class ExactIndex:
                 some = queries[rows].to(self.device)
                 scores_of_block = table[: len(some), : len(block)]
                 for at in range(0, len(block), strip):
-                    scores_of_block[:, at : at + strip] = some @ block[at : at + strip].T
+                    product(some, block[at : at + strip].T, out=scores_of_block[:, at : at + strip])
                 values, places = largest(scores_of_block, min(k, len(block)))
                 values, places = values.cpu(), places.cpu() + first
                 if kept:
@@ -105,6 +106,11 @@ class ExactIndex:
                 scores[rows, :now], ids[rows, :now] = values.numpy(), places.numpy()
             kept = now
         return ids, scores
+
+
+def _numpy_product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+    "`torch.matmul` by NumPy, whose BLAS is the faster one for these shapes on AMD's processors."
+    np.matmul(a.numpy(), b.numpy(), out=out.numpy())
 
 
 def _tensor(rows: np.ndarray) -> torch.Tensor:
@@ -118,7 +124,7 @@ def _tensor(rows: np.ndarray) -> torch.Tensor:
 
 # %% ../nbs/06_mining_index.ipynb #1d00e421
 BATCH = 10_000  # vectors added, or hashed, at a time
-FLOAT8_ABOVE = 500_000  # passages above which a graph stores one byte a number
+FLOAT8_ABOVE = 2_000_000_000  # bytes of vectors above which a graph stores one byte a number: 1.3 million of 384 dimensions
 
 
 def fingerprint(vectors: np.ndarray) -> str:
@@ -172,7 +178,7 @@ class VoyagerIndex:
             raise ValueError(f"expected m, ef_construction, query_ef and save_every of 1 or more, got {m}, {ef_construction}, "
                              f"{query_ef} and {save_every}; the defaults are 16, 200, 400 and 100000.")
         if storage == "auto":
-            storage = "float8" if n > FLOAT8_ABOVE else "float32"
+            storage = "float8" if 4 * n * dim > FLOAT8_ABOVE else "float32"
         self.vectors, self.exact, self.query_ef, done = vectors, ExactIndex(vectors), query_ef, 0
         self.settings = {"n": n, "dim": dim, "m": m, "ef_construction": ef_construction, "seed": seed, "storage": storage}
         if folder is not None and (folder := Path(folder).expanduser()).is_dir() and any(folder.iterdir()):

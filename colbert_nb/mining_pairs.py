@@ -57,10 +57,20 @@ def is_among(
 # %% ../nbs/06_mining_pairs.ipynb #6ae73492
 def text_keys(
     corpus: Sequence[str],
-) -> np.ndarray:  # (n_passages,) int64: the position of the first passage with this text
+    among: np.ndarray | None = None,  # passage positions that will be compared; None: all. The others get their own position
+) -> np.ndarray:  # (n_passages,) int64: the position of the first passage, of those compared, with this text
     "A number for each text, equal where texts differ in case and blanks alone."
+    keys = np.arange(len(corpus))
+    places = range(len(corpus)) if among is None else np.unique(among[among >= 0]).tolist()
+    begins, crowded = {}, set()
+    for p in places:
+        other = begins.setdefault(" ".join(corpus[p].split(None, 4)[:4]).casefold(), p)
+        if other != p:
+            crowded.update((other, p))
     first: dict[str, int] = {}
-    return np.fromiter((first.setdefault(" ".join(text.split()).casefold(), p) for p, text in enumerate(corpus)), np.int64, len(corpus))
+    for p in sorted(crowded):
+        keys[p] = first.setdefault(" ".join(corpus[p].split()).casefold(), p)
+    return keys
 
 # %% ../nbs/06_mining_pairs.ipynb #64bea7a1
 def positive_cosines(

@@ -113,7 +113,7 @@ def test_a_graph_that_reaches_too_few_is_searched_exactly_and_says_so(caplog):
 
 
 def test_storage_goes_by_size(monkeypatch):
-    monkeypatch.setattr("colbert_nb.mining_index.FLOAT8_ABOVE", 100)
+    monkeypatch.setattr("colbert_nb.mining_index.FLOAT8_ABOVE", 100 * 4 * 32)
     assert VoyagerIndex(clustered(100)).settings["storage"] == "float32"
     assert VoyagerIndex(clustered(101)).settings["storage"] == "float8"
     assert VoyagerIndex(clustered(101), storage="float32").settings["storage"] == "float32"
