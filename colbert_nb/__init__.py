@@ -8,13 +8,20 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .corpus import RetrievalDataset
     from .encoder import ColBERT
+    from .hub import export_to_huggingface_hub
+    from .onnx import export_to_vespa_onnx
+    from .onnx_runtime import OnnxColBERT
     from .scoring import maxsim, maxsim_pairwise
     from .trainer import RAGTrainer
+    from .vespa import export_vespa_application
 
 # where each name lives: it is imported when it is first asked for, so that a part which needs no torch loads none
-_MODULES = {"ColBERT": "encoder", "RAGTrainer": "trainer", "RetrievalDataset": "corpus", "maxsim": "scoring", "maxsim_pairwise": "scoring"}
+_MODULES = {"ColBERT": "encoder", "OnnxColBERT": "onnx_runtime", "RAGTrainer": "trainer", "RetrievalDataset": "corpus",
+            "export_to_huggingface_hub": "hub", "export_to_vespa_onnx": "onnx", "export_vespa_application": "vespa",
+            "maxsim": "scoring", "maxsim_pairwise": "scoring"}
 
-__all__ = ["ColBERT", "RAGTrainer", "RetrievalDataset", "maxsim", "maxsim_pairwise", "__version__"]
+__all__ = ["ColBERT", "OnnxColBERT", "RAGTrainer", "RetrievalDataset", "export_to_huggingface_hub", "export_to_vespa_onnx",
+           "export_vespa_application", "maxsim", "maxsim_pairwise", "__version__"]
 
 
 def __getattr__(name: str) -> object:
