@@ -130,6 +130,35 @@ def test_the_real_weights_by_both_ways(hub, minilm, tmp_path, monkeypatch, way):
     assert bool(hub.xet_files()) == (way == "xet") == any("xet-read-token" in path for _, path in hub.requests)
 
 
+def test_the_trainer_pushes_what_it_trained(hub, checkpoint, tmp_path):
+    "With the language and the counts of its data on the card."
+    from colbert_nb.trainer import RAGTrainer
+    trainer = RAGTrainer("mine", checkpoint, language_code="de", n_usable_gpus=0)
+    with pytest.raises(ValueError, match="no trained model"):
+        trainer.push_to_hub("ada/model", token=TOKEN)
+    pairs = [(f"word{i}", f"word{i} word{i + 1} word{i + 2}") for i in range(20)]
+    trainer.prepare_training_data(pairs, data_out_path=tmp_path / "data", mine_hard_negatives=False, num_new_negatives=2)
+    trainer.model_path = checkpoint
+    url = trainer.push_to_hub("ada/model", token=TOKEN, private=True)
+    assert url.endswith(hub.commits("ada/model")[0]["id"]) and whole(hub, checkpoint) and hub.repositories["model", "ada/model"].private
+    card, counts = hub.files("ada/model")["README.md"].decode(), json.loads((tmp_path / "data" / "manifest.json").read_text())["counts"]
+    assert "language: de\n" in card and all(f"| {name.capitalize()} | {counts[name]} |" in card for name in ("queries", "passages", "triples"))
+
+
+@pytest.mark.parametrize("use_tmp_dir", [False, True])
+def test_the_onnx_file_goes_with_it(hub, checkpoint, tmp_path, monkeypatch, use_tmp_dir):
+    folder = shutil.copytree(checkpoint, tmp_path / "folder")
+
+    def export(colbert_path, out_path, out_file_name):
+        (Path(out_path) / out_file_name).write_bytes(b"\0 a model")
+        return Path(out_path) / out_file_name
+
+    monkeypatch.setattr("colbert_nb.onnx.export_to_vespa_onnx", export)
+    url = push(folder, export_vespa_onnx=True, use_tmp_dir=use_tmp_dir)
+    assert hub.files("ada/model")["vespa_colbert.onnx"] == b"\0 a model" and (folder / "vespa_colbert.onnx").exists() != use_tmp_dir
+    assert push(folder, export_vespa_onnx=True, use_tmp_dir=use_tmp_dir) == url and len(hub.commits("ada/model")) == 2
+
+
 # What goes
 JUNK = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "training_args.bin", "log.jsonl", "events.out.tfevents.1",
         "page.ipynb", ".env", ".git/config", ".ipynb_checkpoints/config.json", "checkpoint-5/model.safetensors", "checkpoint-5/optimizer.pt",
