@@ -157,7 +157,7 @@ class TripleCollator:
                 "places": torch.tensor(order, dtype=torch.long).argsort(), "shares": shares, "n": len(rows),
                 "target": Target(target.positives[mine], target.allowed[mine], target.group[mine], target.occurrences, teacher)}
 
-# %% ../nbs/07_training.ipynb #9c870d3b
+# %% ../nbs/07_training.ipynb #16e5d839
 def first_dims(vectors: Tensor, dim: int | None) -> Tensor:
     "The first `dim` dimensions in float32, of length 1 again; all of them, as they are, for None."
     return vectors.float() if dim is None else nn.functional.normalize(vectors[..., :dim].float(), dim=-1)

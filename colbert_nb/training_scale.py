@@ -6,7 +6,7 @@
 __all__ = ['TOLD', 'BlockMaxSim', 'score_blocks', 'cached_step', 'AllGather', 'gather_passages', 'Processes', 'join_processes',
            'on_rank_0', 'check_same']
 
-# %% ../nbs/07_training_scale.ipynb #572d6b02
+# %% ../nbs/07_training_scale.ipynb #a8708bd5
 import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -25,7 +25,7 @@ def _blocks(n: int, numbers: int, device: torch.device) -> list[slice]:
     size = max(1, (2**21 if device.type == "cpu" else 2**27) // max(1, numbers))
     return [slice(start, start + size) for start in range(0, n, size)]
 
-# %% ../nbs/07_training_scale.ipynb #5511884f
+# %% ../nbs/07_training_scale.ipynb #678c31b8
 class BlockMaxSim(torch.autograd.Function):
     "MaxSim of every query and every passage that keeps, for the gradient, only where each maximum was found."
 
@@ -66,7 +66,7 @@ class BlockMaxSim(torch.autograd.Function):
             to_documents += [to_D, None]
         return to_Q, None, *to_documents
 
-# %% ../nbs/07_training_scale.ipynb #b029495d
+# %% ../nbs/07_training_scale.ipynb #ee0b740f
 def score_blocks(
     queries: Sequence[tuple[Tensor, Tensor]],  # chunks of vectors (texts, tokens, dim) and which of them count (texts, tokens)
     documents: Sequence[tuple[Tensor, Tensor]],  # likewise

@@ -30,7 +30,7 @@ from .training import Target, score_chunks
 from .training_folder import LOG_FILE, STATE, checkpoints, cut_log, last_good, load_weights
 from .training_scale import cached_step, on_rank_0, score_blocks
 
-# %% ../nbs/07_training_step.ipynb #04acc9f1
+# %% ../nbs/07_training_step.ipynb #beb369a1
 def whole_gradient(weight: Tensor) -> None:
     "A gradient of rows becomes one of the whole table, as clipping and the optimizer want it; later rows are added to it in place."
     if weight.grad.is_sparse:
@@ -106,7 +106,7 @@ class Ahead:
     def close(self) -> None:
         self.pool.shutdown(wait=True, cancel_futures=True)
 
-# %% ../nbs/07_training_step.ipynb #f1b7a174
+# %% ../nbs/07_training_step.ipynb #a86a0f12
 class Flow(TrainerCallback):
     "Saves a step that was validated, since it may be the best; logs where a checkpoint is saved; moves a progress bar."
 
@@ -124,7 +124,7 @@ class Flow(TrainerCallback):
         control.should_log |= control.should_save
         self.bar.update()
 
-# %% ../nbs/07_training_step.ipynb #4f8db103
+# %% ../nbs/07_training_step.ipynb #c6bf26d6
 class ColBERTTrainer(Trainer):
     "`transformers.Trainer` with late interaction's loss, its validation, and checkpoints that every ColBERT loader reads."
 
