@@ -167,17 +167,21 @@ def export_to_huggingface_hub(
     api = None if dry_run else HfApi(token=checked_token(token), library_name="colbert_nb")
     folder = check_checkpoint(colbert_path)
     files = hub_files(folder)
-    if "README.md" in [file.name for file in files]:
+    known = {"base_model": base_model, "language": language, "license": license, "data": data, "metrics": metrics}
+    own_card = "README.md" in [file.name for file in files]
+    if own_card:
         _check_card((folder / "README.md").read_text(encoding="utf-8"))
         if metrics is not None:
             log.warning("README.md of %s is the card, so metrics= is not used", folder)
     else:
-        card = model_card(folder, huggingface_repo_name, base_model=base_model, language=language, license=license, data=data,
-                          metrics=metrics, vespa_onnx=export_vespa_onnx)
-        files.append(HubFile.of("README.md", card.encode()))
+        card = model_card(folder, huggingface_repo_name, **known)
     with tempfile.TemporaryDirectory() as spare:
         if export_vespa_onnx:
-            files.append(HubFile.of(ONNX, _onnx_file(folder, Path(spare), use_tmp_dir)))
+            made = _onnx_file(folder, Path(spare), use_tmp_dir)
+            files.append(HubFile.of(ONNX, made))
+            card = "" if own_card else model_card(folder, huggingface_repo_name, **known, vespa_onnx=made)
+        if not own_card:
+            files.append(HubFile.of("README.md", card.encode()))
         files.sort(key=lambda file: file.name)
         if dry_run:
             return files

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXAMPLE', 'MINERS', 'TAGS', 'read_records', 'check_metrics', 'public_name', 'snippets', 'rows', 'describe_model',
-           'describe_training', 'card_head', 'model_card']
+           'describe_training', 'card_head', 'describe_onnx', 'model_card']
 
 # %% ../nbs/09_hub_card.ipynb #a046799f
 import json
@@ -175,6 +175,19 @@ def card_head(name: str, base_model: str | None, language: str | None, license: 
                          tags=list(TAGS), base_model=base_model, model_name=name if found else None, eval_results=found or None)
 
 # %% ../nbs/09_hub_card.ipynb #335595e2
+def describe_onnx(
+    file: Path,  # of `export_to_vespa_onnx`
+) -> str:
+    "What the ONNX file is for, and how it was compared with the model, as its own record says."
+    import onnx
+    stored = {entry.key: entry.value for entry in onnx.load(file, load_external_data=False).metadata_props}
+    report, said = json.loads(stored.get("colbert_nb", "{}")).get("report", {}), "It was not compared with the model."
+    if found := report.get("float32"):
+        said = (f"ONNX's checker accepted it, and it was compared with the model in ONNX Runtime, in batches of {', '.join(map(str, report['batches']))} "
+                f"texts of {min(report['lengths'])} to {max(report['lengths'])} tokens: no number differs by more than {found['largest_difference']:.1e}.")
+    return f"`vespa_colbert.onnx` is this model in one file for Vespa's `colbert-embedder`, beside `tokenizer.json`. {said}"
+
+
 def model_card(
     checkpoint: str | Path,  # a checked checkpoint
     repo: str,  # "user/name"
@@ -184,7 +197,7 @@ def model_card(
     license: str | None = None,  # as on the Hub: "apache-2.0", "mit", ...
     data: str | Path | None = None,  # data folder, for its counts and its miner
     metrics: Mapping | None = None,  # as in `check_metrics`; None: the run's results.json
-    vespa_onnx: bool = False,  # whether vespa_colbert.onnx goes, too
+    vespa_onnx: Path | None = None,  # vespa_colbert.onnx, where it goes, too
 ) -> str:  # README.md
     "A model card from what is known of a checkpoint. Raises ValueError for metrics, records or names that cannot be meant."
     records = read_records(Path(checkpoint), data)
@@ -211,7 +224,7 @@ def model_card(
     parts += ["## Use", "The files are a checkpoint in colbert-ai's format, which these libraries open as it is."]
     parts += [f"### {library}\n\n```python\n{code}```" for library, code in snippets(repo, settings).items()]
     if vespa_onnx:
-        parts.append("### Vespa\n\n`vespa_colbert.onnx` is this model in one file for Vespa's `colbert-embedder`, beside `tokenizer.json`.")
+        parts.append("### Vespa\n\n" + describe_onnx(vespa_onnx))
     parts += ["## Training", describe_training(records), "## Limits", "\n".join(f"- {note}" for note in notes)]
     text = f"---\n{card_head(name, base, language, license, results, dataset).to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
     if TOKEN.search(text):

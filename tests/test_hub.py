@@ -11,6 +11,7 @@ import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
+import onnx
 import pytest
 import torch
 from hub_client import ended, point_client, start
@@ -149,13 +150,18 @@ def test_the_trainer_pushes_what_it_trained(hub, checkpoint, tmp_path):
 def test_the_onnx_file_goes_with_it(hub, checkpoint, tmp_path, monkeypatch, use_tmp_dir):
     folder = shutil.copytree(checkpoint, tmp_path / "folder")
 
+    graph = onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], []))
+    graph.metadata_props.add(key="colbert_nb", value=json.dumps({"report": {"batches": [3], "lengths": [2, 9], "float32": {"largest_difference": 1e-7}}}))
+    content = graph.SerializeToString(deterministic=True)
+
     def export(colbert_path, out_path, out_file_name):
-        (Path(out_path) / out_file_name).write_bytes(b"\0 a model")
+        (Path(out_path) / out_file_name).write_bytes(content)
         return Path(out_path) / out_file_name
 
     monkeypatch.setattr("colbert_nb.onnx.export_to_vespa_onnx", export)
     url = push(folder, export_vespa_onnx=True, use_tmp_dir=use_tmp_dir)
-    assert hub.files("ada/model")["vespa_colbert.onnx"] == b"\0 a model" and (folder / "vespa_colbert.onnx").exists() != use_tmp_dir
+    assert hub.files("ada/model")["vespa_colbert.onnx"] == content and (folder / "vespa_colbert.onnx").exists() != use_tmp_dir
+    assert "2 to 9 tokens: no number differs by more than 1.0e-07" in hub.files("ada/model")["README.md"].decode()
     assert push(folder, export_vespa_onnx=True, use_tmp_dir=use_tmp_dir) == url and len(hub.commits("ada/model")) == 2
 
 
