@@ -11,7 +11,6 @@ import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
-import onnx
 import pytest
 import torch
 from hub_client import ended, point_client, start
@@ -150,8 +149,10 @@ def test_the_trainer_pushes_what_it_trained(hub, checkpoint, tmp_path):
 def test_the_onnx_file_goes_with_it(hub, checkpoint, tmp_path, monkeypatch, use_tmp_dir):
     folder = shutil.copytree(checkpoint, tmp_path / "folder")
 
+    onnx = pytest.importorskip("onnx")
     graph = onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], []))
-    graph.metadata_props.add(key="colbert_nb", value=json.dumps({"report": {"batches": [3], "lengths": [2, 9], "float32": {"largest_difference": 1e-7}}}))
+    report = {"batches": [3], "lengths": [2, 9], "float32": {"largest_difference": 1e-7}}
+    graph.metadata_props.add(key="colbert_nb", value=json.dumps({"report": report}))
     content = graph.SerializeToString(deterministic=True)
 
     def export(colbert_path, out_path, out_file_name):
