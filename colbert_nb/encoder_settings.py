@@ -9,6 +9,7 @@ __all__ = ['SETTINGS', 'OWN_SETTINGS', 'read_json', 'write_json', 'import_colber
 # %% ../nbs/03_encoder_settings.ipynb #d60fc044
 import io
 import json
+import logging
 import multiprocessing
 import os
 import sys
@@ -49,9 +50,15 @@ def import_colbert_ai():
     if "colbert" in sys.modules:
         return sys.modules["colbert"]
     method = multiprocessing.get_start_method(allow_none=True)
-    with patch.dict(os.environ, GIT_PYTHON_REFRESH="quiet"), redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import colbert
+    compiler = logging.getLogger("torch.utils.cpp_extension")  # it warns where there is CUDA's compiler and no GPU
+    level = compiler.level
+    compiler.setLevel(logging.ERROR)
+    try:
+        with patch.dict(os.environ, GIT_PYTHON_REFRESH="quiet"), redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import colbert
+    finally:
+        compiler.setLevel(level)
     multiprocessing.set_start_method(method, force=True)
     return colbert
 
