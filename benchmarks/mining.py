@@ -149,7 +149,7 @@ def measure_index(case: str, folder: Path, n: int) -> dict:
     if case == "exact":
         index = ExactIndex(vectors)
     else:
-        index = VoyagerIndex(vectors, storage="auto" if case == "voyager" else case, folder=kept, save_every=n)
+        index = VoyagerIndex(vectors, storage="auto" if case == "voyager" else case, folder=kept)
     cost = {"build_s": time.perf_counter() - start, "build_processor_s": time.process_time() - cpu}
     if note.is_file():  # the graph was there, and this what building it took
         cost = json.loads(note.read_bytes())
