@@ -6,7 +6,7 @@
 __all__ = ['log', 'DEFAULTS', 'check_texts', 'default_device', 'pca_projection', 'ColBERT', 'is_colbert_checkpoint',
            'check_encoder']
 
-# %% ../nbs/03_encoder.ipynb #c1a5242e
+# %% ../nbs/03_encoder.ipynb #0597be8e
 import copy
 import logging
 import random
@@ -20,7 +20,9 @@ from tqdm import tqdm
 
 from .encoder_files import (CHECKPOINT_FILES, check_encoder, load_backbone, load_tokenizer, locate_model,
                                       read_projection, replace_folder, write_checkpoint)
-from .encoder_settings import (OWN_SETTINGS, SETTINGS, colbert_config, is_colbert_checkpoint,
+from .encoder_foreign import foreign_markers, read_foreign
+from .encoder_markers import add_markers, can_expand, grow_embeddings
+from .encoder_settings import (OWN_SETTINGS, SETTINGS, colbert_config, encoder_folder, is_colbert_checkpoint,
                                          is_other_late_interaction, is_own_checkpoint, read_metadata)
 from .tokenization import ColBERTTokenizer, TokenBatch
 
@@ -73,7 +75,7 @@ def pca_projection(
     largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
     return (directions * largest.sign()).float()
 
-# %% ../nbs/03_encoder.ipynb #365224be
+# %% ../nbs/03_encoder.ipynb #5e431a59
 class ColBERT(nn.Module):
     "An encoder whose every token gives one unit vector (Khattab and Zaharia 2020, section 3.2)."
     def __init__(
@@ -181,11 +183,10 @@ class ColBERT(nn.Module):
         if init not in ("random", "pca"):
             raise ValueError(f"expected init to be 'random' or 'pca', got {init!r}")
         folder = locate_model(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
-        trained = is_colbert_checkpoint(folder)
-        if not trained and is_other_late_interaction(folder):
-            raise ValueError(f"expected a plain encoder or a checkpoint with artifact.metadata, got {str(folder)!r}, a "
-                             "late-interaction model of PyLate or sentence-transformers, whose projection would be lost")
-        stored = read_metadata(folder) if trained else dict(DEFAULTS)
+        own_format = is_colbert_checkpoint(folder)
+        foreign = read_foreign(folder, given) if not own_format and is_other_late_interaction(folder) else None
+        trained, folder = own_format or foreign is not None, encoder_folder(folder)
+        stored = foreign.settings if foreign else read_metadata(folder) if trained else dict(DEFAULTS)
         if trained and given.get("dim", stored["dim"]) != stored["dim"]:
             raise ValueError(f"expected dim={stored['dim']}, the size of the projection in {str(folder)!r}, got {dim}; "
                              "leave dim out, or start from a plain encoder")
@@ -202,25 +203,32 @@ class ColBERT(nn.Module):
         own = {name: settings.pop(name) for name in OWN_SETTINGS}
         sizes = {k: settings[k] for k in ("dim", "query_maxlen", "doc_maxlen")}
         encoder_config = check_encoder(folder, **sizes, trust_remote_code=trust_remote_code)
-        config = colbert_config(**settings)
+        words = load_tokenizer(folder, encoder_config, trust_remote_code=trust_remote_code)
+        config = colbert_config(**{**settings, **(foreign_markers(words, foreign) if foreign else {})})
+        added = [] if trained else add_markers(words, (config.query_token_id, config.doc_token_id))
+        own["query_expansion"] = can_expand(words, own["query_expansion"], needed=trained or bool(query_expansion))
         tokenizer = ColBERTTokenizer(
-            load_tokenizer(folder, encoder_config, trust_remote_code=trust_remote_code),
+            words,
             **{k: getattr(config, k) for k in ("query_maxlen", "doc_maxlen", "query_token_id", "doc_token_id",
                                                "mask_punctuation", "attend_to_mask_tokens")}, **own)
         encoder = load_backbone(folder, encoder_config, dtype=dtype or torch.float32, seed=seed,
                                 attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
+        if added:
+            grow_embeddings(encoder, words, added)
         encoder.to(device or default_device()).eval()
         shape = (config.dim, encoder_config.hidden_size)
         if trained:
-            weight = read_projection(folder, shape)
-            log.info("fine-tuning: %s is a late-interaction checkpoint, its projection is kept", name_or_path)
+            weight = foreign.projection if foreign else read_projection(folder, shape)
+            encoder.config.architectures = ["HF_ColBERT"]
+            log.info("fine-tuning: %s is a late-interaction checkpoint of %s, its projection is kept", name_or_path,
+                     foreign.format if foreign else "colbert-ai's format")
         elif init == "pca":
             weight = pca_projection(encoder, tokenizer, sample, config.dim)
-            log.info("new projection: principal directions of %d passages, %s", len(sample), name_or_path)
+            log.info("from scratch: %s is a plain encoder, new projection: principal directions of %d passages", name_or_path, len(sample))
         else:
             spread = getattr(encoder_config, "initializer_range", 0.02)
             weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * spread
-            log.info("new projection: random, %s is a plain encoder", name_or_path)
+            log.info("from scratch: %s is a plain encoder, new projection: random", name_or_path)
         linear = nn.Linear(*reversed(shape), bias=False, device="meta")
         linear.weight = nn.Parameter(weight.to(encoder.device, encoder.dtype))
         return cls(encoder, linear, tokenizer, config).eval()
@@ -231,6 +239,8 @@ class ColBERT(nn.Module):
     ) -> Path:  # the folder
         "Writes colbert-ai's checkpoint format, whole or not at all. Raises ValueError where other files are in the way."
         path = Path(path)
+        if self.tokenizer.query_marker_id is None or self.tokenizer.doc_marker_id is None:
+            log.warning("%s has no marker tokens: other libraries put some in when they read this format, and give other vectors", path)
         settings = {**{name: getattr(self.config, name) for name in SETTINGS},
                     **{name: getattr(self.tokenizer, name) for name in OWN_SETTINGS}}
         with replace_folder(path, CHECKPOINT_FILES, is_own_checkpoint) as folder:

@@ -6,7 +6,7 @@
 __all__ = ['CHECKPOINT_FILES', 'UNWANTED', 'quiet_transformers', 'locate_model', 'max_positions', 'check_encoder', 'weight_files',
            'weight_names', 'load_backbone', 'load_tokenizer', 'read_projection', 'replace_folder', 'write_checkpoint']
 
-# %% ../nbs/03_encoder_files.ipynb #e2674aae
+# %% ../nbs/03_encoder_files.ipynb #426611c4
 import contextlib
 import copy
 import os
@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .encoder_settings import (OWN_SETTINGS, SETTINGS, colbert_config, is_colbert_checkpoint, is_other_late_interaction,
-                                         is_own_checkpoint, read_json, read_metadata, write_json)
+from .encoder_settings import (OWN_SETTINGS, SETTINGS, colbert_config, encoder_folder, is_colbert_checkpoint, is_other_late_interaction,
+                                         is_own_checkpoint, read_json, read_metadata, read_modules, write_json)
 from .files import whole_folder
 
 # %% ../nbs/03_encoder_files.ipynb #40dbf8c8
@@ -39,7 +39,7 @@ def quiet_transformers() -> Iterator[None]:
         if bars:
             hf.enable_progress_bar()
 
-# %% ../nbs/03_encoder_files.ipynb #f8cfc915
+# %% ../nbs/03_encoder_files.ipynb #97aae515
 def locate_model(
     name_or_path: str | Path,  # a folder, or a model's id on the Hugging Face Hub
     *,
@@ -53,7 +53,7 @@ def locate_model(
     path = Path(os.path.expanduser(name_or_path))
     if path.suffix == ".dnn":
         raise ValueError(f"expected a checkpoint folder, got {path.name!r}: the old .dnn format is a pickle and is not "
-                         "read; load it once in colbert-ai and save it as a folder")
+                         "read; colbert_nb.encoder_foreign.convert_dnn(file, encoder, folder) takes the weights out of it, and runs no code")
     if path.is_dir():
         return path
     if path.exists() or not isinstance(name_or_path, str) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name_or_path):
@@ -66,6 +66,10 @@ def locate_model(
         folder = fetch(wanted)
         if not config_only and not list(folder.glob("*.safetensors")):
             folder = fetch([*wanted, "pytorch_model*.bin"])
+        inside = [f"{part}/{name}" for _, part in read_modules(folder) if part
+                  for name in ("*.json", "*.txt", "*.model", *["*.safetensors", "*.bin"] * (not config_only))]
+        if inside:
+            folder = Path(snapshot_download(name_or_path, revision=revision, allow_patterns=inside, ignore_patterns=["*/*/*"]))
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"expected a model folder or a Hub id, got {name_or_path!r}: there is no such folder, and "
                          f"the Hub did not give it ({type(error).__name__}); check the name, the network and, for a "
@@ -81,7 +85,7 @@ def max_positions(config) -> int | None:
     offset = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer", "data2vec-text"}
     return limit - config.pad_token_id - 1 if config.model_type in offset else limit
 
-# %% ../nbs/03_encoder_files.ipynb #05256754
+# %% ../nbs/03_encoder_files.ipynb #2cf2771c
 def check_encoder(
     name_or_path: str | Path,  # folder or Hub id
     *,
@@ -96,6 +100,7 @@ def check_encoder(
     from transformers.models.auto.modeling_auto import (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as causal,
                                                         MODEL_FOR_MASKED_LM_MAPPING_NAMES as masked)
     folder = locate_model(name_or_path, revision=revision, config_only=True, trust_remote_code=trust_remote_code)
+    folder = encoder_folder(folder)
     kind = read_json(folder / "config.json").get("model_type")
     try:
         with quiet_transformers():

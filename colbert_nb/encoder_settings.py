@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'OWN_SETTINGS', 'read_json', 'write_json', 'import_colbert_ai', 'colbert_config', 'read_metadata',
-           'is_colbert_checkpoint', 'is_own_checkpoint', 'is_other_late_interaction']
+           'is_colbert_checkpoint', 'is_own_checkpoint', 'is_other_late_interaction', 'read_modules', 'encoder_folder']
 
 # %% ../nbs/03_encoder_settings.ipynb #d60fc044
 import io
@@ -77,7 +77,7 @@ def read_metadata(folder: Path) -> dict:
     config = colbert_config(**{k: content[k] for k in SETTINGS if k in content})
     return {**{k: getattr(config, k) for k in SETTINGS}, **{k: content.get(k, usual) for k, usual in OWN_SETTINGS.items()}}
 
-# %% ../nbs/03_encoder_settings.ipynb #83a46979
+# %% ../nbs/03_encoder_settings.ipynb #14a276f4
 def is_colbert_checkpoint(
     path: str | Path,  # a folder
 ) -> bool:  # True where `from_pretrained` would go on training a late-interaction model
@@ -92,6 +92,29 @@ def is_own_checkpoint(folder: Path) -> bool:
 
 def is_other_late_interaction(folder: Path) -> bool:
     "Whether `folder` holds a late-interaction model in the format of PyLate or sentence-transformers."
-    modules = folder / "modules.json"
-    text = modules.read_text(encoding="utf-8", errors="replace") if modules.is_file() else ""
-    return "pylate" in text or "multi_vec" in text or "MultiVector" in text
+    text, kind = (file.read_text(encoding="utf-8", errors="replace") if (file := folder / name).is_file() else ""
+                  for name in ("modules.json", "config_sentence_transformers.json"))
+    named = any(word in text for word in ("pylate", "multi_vec", "MultiVector"))
+    return bool(text) and (named or any(word in kind for word in ('"ColBERT"', '"query_prefix"', '"MultiVectorEncoder"')))
+
+# %% ../nbs/03_encoder_settings.ipynb #fe3a1b2b
+def read_modules(folder: Path) -> list[tuple[str, str]]:  # (class, subfolder); empty where there is no modules.json
+    "What sentence-transformers and PyLate chain. Raises ValueError for a damaged list, or a subfolder that lies elsewhere."
+    file = folder / "modules.json"
+    if not file.is_file():
+        return []
+    try:
+        listed = json.loads(file.read_text(encoding="utf-8"))
+        modules = [(str(module["type"]).rpartition(".")[2], str(module.get("path") or "")) for module in listed]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"expected a list of modules with type and path in {str(file)!r}, got a damaged file: {error!r}") from error
+    for kind, part in modules:
+        if Path(part).is_absolute() or ".." in Path(part).parts:
+            raise ValueError(f"expected subfolders in {str(file)!r}, got {part!r} for {kind}, which lies elsewhere")
+    return modules
+
+
+def encoder_folder(folder: Path) -> Path:
+    "Where the encoder's own files are: in `folder`, or in the subfolder of the first module."
+    modules = [] if is_colbert_checkpoint(folder) else read_modules(folder)
+    return folder / modules[0][1] if modules and modules[0][0].endswith("Transformer") else folder

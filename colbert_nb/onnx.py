@@ -66,10 +66,12 @@ def tidy_graph(
                 inner.input[0], node.input[0] = node.input[0], inner.input[0]
     return proto
 
-# %% ../nbs/10_onnx.ipynb #838e0c72
+# %% ../nbs/10_onnx.ipynb #87c8eb72
 def runtime_settings(model: ColBERT) -> dict:
     "What an encoder without PyTorch must know beside the graph: numbers, switches and lists, ready for JSON."
     own = model.tokenizer
+    if own.query_marker_id is None or own.doc_marker_id is None:
+        raise ValueError("expected a model with marker tokens for queries and documents, got one without; ONNX and Vespa put one into every text")
     names = ("query_maxlen", "doc_maxlen", "query_marker_id", "doc_marker_id", "query_expansion", "attend_to_mask_tokens",
              "skip_punctuation_before_encoding")
     return {**{name: getattr(own, name) for name in names}, "dim": model.linear.out_features, "skiplist": own.skiplist.tolist(),

@@ -28,7 +28,7 @@ class TokenBatch(NamedTuple):
         "The same batch on another device."
         return TokenBatch(*(t.to(device) for t in self))
 
-# %% ../nbs/01_tokenization.ipynb #074c1230
+# %% ../nbs/01_tokenization.ipynb #91c91c0b
 class ColBERTTokenizer:
     """Queries and documents to token ids as ColBERT wants them (Khattab and Zaharia, 2020, section 3.2).
 
@@ -40,8 +40,8 @@ class ColBERTTokenizer:
                  *,
                  query_maxlen: int = 32,         # tokens of a query, the three special ones included; the paper's default
                  doc_maxlen: int = 256,          # most tokens of a document, the three special ones included
-                 query_token_id: str = "[unused0]",  # marker of queries; colbert-ai's name for it, though it is no number
-                 doc_token_id: str = "[unused1]",    # marker of documents
+                 query_token_id: str = "[unused0]",  # marker of queries; colbert-ai's name for it, though it is no number; "": none
+                 doc_token_id: str = "[unused1]",    # marker of documents; "": none
                  mask_punctuation: bool = True,      # leave the vectors of a document's punctuation out of the score
                  attend_to_mask_tokens: bool = False,# let the encoder look at the masks of the expansion
                  query_expansion: bool = True,       # fill queries with masks up to query_maxlen
@@ -71,19 +71,21 @@ class ColBERTTokenizer:
         pieces = [ids if skip_punctuation_before_encoding else ids[:1] for ids in symbols]
         self.skiplist = torch.tensor(sorted(set(chain.from_iterable(pieces))), dtype=torch.int64)
 
-    def _id(self, token: str) -> int:
-        "Vocabulary id of a marker."
+    def _id(self, token: str) -> int | None:
+        "Vocabulary id of a marker; None for no marker."
+        if token == "": return None
         found = self.tokenizer.convert_tokens_to_ids(token)
         if found is None or (found == self.tokenizer.unk_token_id and token != self.tokenizer.unk_token):
             raise ValueError(f"expected a marker that is in the tokenizer's vocabulary, got {token!r}: name an unused token "
                              "through query_token_id and doc_token_id, or add the token to the tokenizer and the encoder")
         return found
 
-    def _encode(self, texts: Sequence[str], marker_id: int, maxlen: int, padding: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def _encode(self, texts: Sequence[str], marker_id: int | None, maxlen: int, padding: str) -> tuple[torch.Tensor, torch.Tensor]:
         "Ids and attention mask, cut to maxlen, with the marker as second token."
         _check_texts(texts)
-        out = self.tokenizer(list(texts), padding=padding, truncation=True, max_length=maxlen - 1, padding_side="right",
+        out = self.tokenizer(list(texts), padding=padding, truncation=True, max_length=maxlen - (marker_id is not None), padding_side="right",
                              return_tensors="pt", return_token_type_ids=False)
+        if marker_id is None: return out["input_ids"], out["attention_mask"]
         return _second(out["input_ids"], marker_id), _second(out["attention_mask"], 1)   # (batch, tokens)
 
     def _unskipped(self, texts: Sequence[str], maxlen: float = math.inf) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,10 +116,11 @@ class ColBERTTokenizer:
     def documents(self, texts: Sequence[str]) -> TokenBatch:
         "Tokens of documents, as wide as the longest. Raises `ValueError` for anything but a list of strings."
         if self.skip_punctuation_before_encoding:
-            ids, sizes = self._unskipped(texts, self.doc_maxlen)
+            marked = self.doc_marker_id is not None
+            ids, sizes = self._unskipped(texts, self.doc_maxlen + 1 - marked)
             ids = pad_sequence(ids.split(sizes.tolist()), batch_first=True, padding_value=self.tokenizer.pad_token_id)
-            ids = _second(ids, self.doc_marker_id)                                       # (batch, tokens)
-            attention = (torch.arange(ids.shape[1]) <= sizes[:, None]).long()
+            ids = _second(ids, self.doc_marker_id) if marked else ids                    # (batch, tokens)
+            attention = (torch.arange(ids.shape[1]) < sizes[:, None] + marked).long()
             return TokenBatch(ids, attention, attention.bool())
         ids, attention = self._encode(texts, self.doc_marker_id, self.doc_maxlen, "longest")
         keep = attention.bool() & (ids != self.tokenizer.pad_token_id) & ~torch.isin(ids, self.skiplist)
@@ -174,17 +177,18 @@ def show_tokens(tokenizer: ColBERTTokenizer,
     special = {tokenizer.query_marker_id, tokenizer.doc_marker_id, *tokenizer.tokenizer.all_special_ids}
     return TokenStrip(tokenizer.tokenizer.convert_ids_to_tokens(ids), list(map(bool, attended)), kept, [i in special for i in ids])
 
-# %% ../nbs/01_tokenization.ipynb #3e508e1c
+# %% ../nbs/01_tokenization.ipynb #fa28c6ac
 def token_lengths(tokenizer: ColBERTTokenizer,
                   texts: Sequence[str],         # queries or documents: both get three special tokens
                   kind: str = "query",          # "query" or "document", whose punctuation may be skipped
                  ) -> torch.Tensor:             # (texts,) int64
     "Tokens that each text has before it is cut or filled up. Raises `ValueError` for what is not text, and another kind."
     _check_kind(kind)
-    if kind == "document" and tokenizer.skip_punctuation_before_encoding: return tokenizer._unskipped(texts)[1] + 1
+    marked = (tokenizer.query_marker_id if kind == "query" else tokenizer.doc_marker_id) is not None
+    if kind == "document" and tokenizer.skip_punctuation_before_encoding: return tokenizer._unskipped(texts)[1] + marked
     _check_texts(texts)
     out = tokenizer.tokenizer(list(texts), padding=False, truncation=False, return_attention_mask=False, verbose=False)
-    return torch.tensor([len(ids) + 1 for ids in out["input_ids"]])
+    return torch.tensor([len(ids) + marked for ids in out["input_ids"]])
 
 def truncated_share(tokenizer: ColBERTTokenizer,
                     queries: Sequence[str] = (),    # all of them, or a sample

@@ -85,18 +85,20 @@ def report_truncation(
                 100 * shares[kind], kind, name, getattr(tokenizer, name), name)
     return shares
 
-# %% ../nbs/04_trainer.ipynb #5b77317b
+# %% ../nbs/04_trainer.ipynb #e59a5790
 def length_tokenizer(
     name_or_path: str | os.PathLike,  # as for `RAGTrainer`
 ) -> "ColBERTTokenizer":
     "A tokenizer that counts: the model's own, with a checkpoint's lengths or the defaults. No weights are read."
     from colbert_nb.encoder import DEFAULTS
-    from colbert_nb.encoder_files import check_encoder, is_colbert_checkpoint, load_tokenizer, locate_model, read_metadata
+    from colbert_nb.encoder_files import check_encoder, load_tokenizer, locate_model
+    from colbert_nb.encoder_foreign import stored_settings
+    from colbert_nb.encoder_settings import encoder_folder
     from colbert_nb.tokenization import ColBERTTokenizer
 
     folder = locate_model(name_or_path, config_only=True)
-    stored = read_metadata(folder) if is_colbert_checkpoint(folder) else DEFAULTS
-    tokenizer = load_tokenizer(folder, check_encoder(folder))
+    stored = stored_settings(folder) or DEFAULTS
+    tokenizer = load_tokenizer(encoder_folder(folder), check_encoder(folder))
     marker = tokenizer.all_special_tokens[0]
     return ColBERTTokenizer(tokenizer, query_maxlen=stored["query_maxlen"], doc_maxlen=stored["doc_maxlen"],
                             query_token_id=marker, doc_token_id=marker, query_expansion=False,

@@ -81,7 +81,7 @@ def vespa_run(
         run[str(number)] = {str(p): float(scores[p]) for p in np.argsort(-scores, kind="stable")[:k]}
     return run
 
-# %% ../nbs/11_vespa_embedder.ipynb #7e1aba45
+# %% ../nbs/11_vespa_embedder.ipynb #39a7d764
 def embedder_settings(
     model: "ColBERT",
 ) -> dict[str, int]:  # the names of `VESPA_DEFAULTS`
@@ -93,6 +93,8 @@ def embedder_settings(
     if len(around) != 2:
         raise ValueError(f"expected a tokenizer that puts one token before a text and one behind it, as Vespa does, got {around} "
                          "around an empty text; Vespa cannot feed this model")
+    if ours.query_marker_id is None or ours.doc_marker_id is None:
+        raise ValueError("expected a model with marker tokens, one of which Vespa puts into every text, got none; Vespa cannot feed this model")
     if theirs.mask_token_id is None:
         raise ValueError("expected a tokenizer with a mask token, with which Vespa fills queries, got none; Vespa cannot feed this model")
     limit = max_positions(model.encoder.config) or max(VESPA_DEFAULTS["max_tokens"], ours.query_maxlen, ours.doc_maxlen)
