@@ -260,7 +260,7 @@ class StoredIndex:
             copy_live(self._passages, IndexFiles.create(folder, self._files.manifest["dim"], about), 0)
         return path
 
-# %% ../nbs/12_search.ipynb #69fc64b7
+# %% ../nbs/12_search.ipynb #e865898d
 class Hit(NamedTuple):
     "A passage that was found."
     id: str
@@ -308,7 +308,8 @@ class SearchIndex(StoredIndex):
             D = torch.from_numpy(held.vectors[held.ends[start, 0]:held.ends[stop, 0]]).to(self.model.device)
             lengths = torch.from_numpy(held.counts(start, stop)).to(self.model.device)
             for i, (Q, Q_mask) in enumerate(batches):
-                scores = maxsim_packed(Q, D, lengths, Q_mask).cpu().masked_fill(~alive, -torch.inf)  # (queries, passages of the block)
+                limit = min(2**21, 2**14 * Q_mask.numel()) if D.device.type == "cpu" else None  # 2^14 widened vectors stay in the cache
+                scores = maxsim_packed(Q, D, lengths, Q_mask, max_elements=limit).cpu().masked_fill(~alive, -torch.inf)  # (queries, passages of the block)
                 columns = torch.arange(start, stop).expand_as(scores)
                 best[i] = top_k(torch.cat([best[i][0], scores], 1), k, torch.cat([best[i][1], columns], 1))
         return [self._hits(*row) for scores, positions in best for row in zip(scores, positions)]
