@@ -25,6 +25,7 @@ import torch
 from hardware import machine
 
 from colbert_nb.corpus import RetrievalDataset, docstring_corpus, load_beir, minilm_path
+from colbert_nb.data import TrainingData
 from colbert_nb.mining import HardNegativeMiner
 from colbert_nb.training_ablations import BASE, ablation_run, ablation_table
 
@@ -57,16 +58,17 @@ def load(data: str) -> tuple[str, RetrievalDataset]:
     return Path(data).resolve().name, RetrievalDataset(texts, full.queries, qrels)
 
 
-def mined_negatives(name: str, data: RetrievalDataset, cache: Path) -> dict[int, list[int]]:
-    "Ten hard negatives of every query with the package's default window of ranks, mined once and kept in `cache`."
-    file = cache / f"mined_{name}.json"
+def mined_negatives(name: str, data: RetrievalDataset, cache: Path, **rules) -> dict[int, list[int]]:
+    "Ten hard negatives of every query, by the miner's rules or the package's default window of ranks, mined once and kept in `cache`."
+    file = cache / "_".join(["mined", name, *(f"{rule}={value}" for rule, value in rules.items())])
+    file = file.with_name(f"{file.name}.json")
     if not file.is_file():
         from sentence_transformers import SentenceTransformer
 
         dense = SentenceTransformer(str(minilm_path()), device="cpu")
         dense.max_seq_length = 64
         positives = {q: list(judged) for q, judged in data.qrels.items()}
-        mined = HardNegativeMiner(dense, index="exact").mine(data.queries, data.corpus, positives, 10)
+        mined = HardNegativeMiner(dense, index="exact", **rules).mine(data.queries, data.corpus, positives, 10)
         cache.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(mined))
     return {int(q): passages for q, passages in json.loads(file.read_text()).items()}
@@ -95,6 +97,20 @@ def add(file: Path, record: dict) -> None:
         os.close(folder)
 
 
+def training_data(data: RetrievalDataset, rows: list[tuple[int, int, int]]) -> TrainingData:
+    "Triples of positions as data to train on; the queries of the triples alone."
+    place = {q: i for i, q in enumerate(dict.fromkeys(q for q, *_ in rows))}
+    return TrainingData([data.queries[q] for q in place], data.corpus, [(place[q], *ps) for q, *ps in rows],
+                        {i: list(data.qrels[q]) for q, i in place.items()}, [])
+
+
+def origin(packages: tuple[str, ...] = PACKAGES) -> dict:
+    "Where and when a record was made, and with which versions."
+    here, threads = machine(*packages), torch.get_num_threads()
+    return {"hardware": f"{here['processor']}, {threads} thread{'s' * (threads > 1)}", "date": datetime.date.today().isoformat(),
+            "versions": here["versions"]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="docs", help="'docs', or a folder in BEIR's format")
@@ -120,10 +136,7 @@ def main() -> None:
                 if key(record) in map(key, read(file)):
                     continue
                 record |= ablation_run(data, record["settings"], seed, mined=mined, n_test=150 if name == "docs" else None, **FIXED)
-                here, threads = machine(*PACKAGES), torch.get_num_threads()
-                record |= {"fixed": FIXED, "hardware": f"{here['processor']}, {threads} thread{'s' * (threads > 1)}",
-                           "date": datetime.date.today().isoformat(), "versions": here["versions"]}
-                add(file, record)
+                add(file, record := record | {"fixed": FIXED} | origin())
                 logging.info("%s, seed %d, %s: nDCG@10 %.4f", ablation, seed, change, record["results"]["nDCG@10"])
     for ablation, variants in ABLATIONS.items():
         if table := ablation_table({name: read(file)}, variants):

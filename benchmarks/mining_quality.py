@@ -16,42 +16,20 @@ here, never time, so the script may share a machine. nbs/06_mining_audit.ipynb s
 """
 
 import argparse
-import datetime
-import json
 import logging
 import random
 import tempfile
 from pathlib import Path
 
 import numpy as np
-import torch
-from ablations import add, key, load, read
-from hardware import machine
+from ablations import RESULTS, add, key, load, mined_negatives, origin, read, training_data
 
 from colbert_nb.corpus import RetrievalDataset, minilm_path
-from colbert_nb.data import TrainingData
-from colbert_nb.mining import HardNegativeMiner
 from colbert_nb.training_ablations import ablation_pool, ablation_split, ablation_triples
 
-RESULTS = Path(__file__).parent / "results"
 SOURCES = ("random", "windowed", "filtered", "two rounds", "self-mined")
 RULES = {"windowed": {}, "filtered": {"min_rank": 0, "sampling": "top", "relative_margin": 0.05, "max_positive_similarity": 0.95}}
 FIXED = {"triples": 320, "batch_size": 16, "query_maxlen": 32, "doc_maxlen": 48, "learning_rate": 5e-5, "pool": 600, "folds": 5}
-PACKAGES = ("colbert_nb", "torch", "transformers", "sentence-transformers")
-
-
-def mined_negatives(name: str, source: str, data: RetrievalDataset, cache: Path) -> dict[int, list[int]]:
-    "Up to ten hard negatives of every query, mined once by MiniLM and kept in `cache`."
-    file = cache / f"mining_quality_{name}_{source}.json"
-    if not file.is_file():
-        from sentence_transformers import SentenceTransformer
-
-        dense = SentenceTransformer(str(minilm_path()), device="cpu")
-        dense.max_seq_length = 64
-        positives = {q: list(judged) for q, judged in data.qrels.items()}
-        miner = HardNegativeMiner(dense, index="exact", cache=cache / "vectors", **RULES[source])
-        file.write_text(json.dumps(miner.mine(data.queries, data.corpus, positives, 10)))
-    return {int(q): passages for q, passages in json.loads(file.read_text()).items()}
 
 
 def split(data: RetrievalDataset, seed: int, fold: int | None) -> tuple[list[int], list[int]]:
@@ -80,9 +58,7 @@ def run(data: RetrievalDataset, mined: dict[str, dict], source: str, seed: int, 
     pool = ablation_pool(data, test, FIXED["pool"], seed, mined["windowed"])
     model = ColBERT.from_pretrained(minilm_path(), init="pca", sample=data.corpus, query_maxlen=FIXED["query_maxlen"],
                                     doc_maxlen=FIXED["doc_maxlen"], device="cpu", seed=seed)
-    place = {q: i for i, q in enumerate(dict.fromkeys(q for q, *_ in rows))}
-    training = TrainingData([data.queries[q] for q in place], data.corpus, [(place[q], *ps) for q, *ps in rows],
-                            {i: list(data.qrels[q]) for q, i in place.items()}, [])
+    training = training_data(data, rows)
     options = {"batch_size": FIXED["batch_size"], "learning_rate": FIXED["learning_rate"], "dropout": 0.0, "bf16": False,
                "progress": False, "save_strategy": "no"}
     half = len(rows) // FIXED["batch_size"] // 2
@@ -143,7 +119,7 @@ def main() -> None:
     file = given.results / f"mining_quality_{name}.json"
     given.results.mkdir(exist_ok=True)
     given.cache.mkdir(parents=True, exist_ok=True)
-    mined = {source: mined_negatives(name, source, data, given.cache) for source in RULES} if wanted else {}
+    mined = {source: mined_negatives(name, data, given.cache, **rules) for source, rules in RULES.items()} if wanted else {}
     for seed in given.seeds:
         for fold in [None] if name == "docs" else range(FIXED["folds"]):
             for source in wanted:
@@ -151,10 +127,7 @@ def main() -> None:
                 if key(record) in map(key, read(file)):
                     continue
                 record |= run(data, mined, source, seed, fold)
-                here, threads = machine(*PACKAGES), torch.get_num_threads()
-                record |= {"hardware": f"{here['processor']}, {threads} thread{'s' * (threads > 1)}",
-                           "date": datetime.date.today().isoformat(), "versions": here["versions"]}
-                add(file, record)
+                add(file, record := record | origin())
                 logging.info("seed %d, fold %s, %s: nDCG@10 %.4f", seed, fold, source, record["results"]["nDCG@10"])
     print(table(read(file)))
 

@@ -14,19 +14,14 @@ never time. nbs/11_vespa_embedder.ipynb shows the records.
 """
 
 import argparse
-import datetime
-import json
 import logging
 import statistics
 import tempfile
 from pathlib import Path
 
-import torch
-from ablations import FIXED, RESULTS, add, key, load, mined_negatives, read
-from hardware import machine
+from ablations import FIXED, RESULTS, add, key, load, mined_negatives, origin, read, training_data
 
 from colbert_nb.corpus import RetrievalDataset, minilm_path
-from colbert_nb.data import TrainingData
 from colbert_nb.encoder import ColBERT
 from colbert_nb.evaluation import evaluate, search
 from colbert_nb.training_ablations import ablation_pool, ablation_split, ablation_triples
@@ -47,11 +42,8 @@ def trained(data: RetrievalDataset, rows: list[tuple[int, int, int]], seed: int,
     "MiniLM after one pass over the triples."
     model = ColBERT.from_pretrained(minilm_path(), init="pca", sample=data.corpus, device="cpu", seed=seed, query_maxlen=FIXED["query_maxlen"],
                                     doc_maxlen=FIXED["doc_maxlen"], **settings)
-    place = {q: i for i, q in enumerate(dict.fromkeys(q for q, *_ in rows))}
-    training = TrainingData([data.queries[q] for q in place], data.corpus, [(place[q], *ps) for q, *ps in rows],
-                            {i: list(data.qrels[q]) for q, i in place.items()}, [])
     with tempfile.TemporaryDirectory() as folder:
-        train_colbert(model, training, Path(folder) / "run", batch_size=FIXED["batch_size"], learning_rate=TRAINING["learning_rate"],
+        train_colbert(model, training_data(data, rows), Path(folder) / "run", batch_size=FIXED["batch_size"], learning_rate=TRAINING["learning_rate"],
                       dropout=TRAINING["dropout"], seed=seed, bf16=False, progress=False, save_strategy="no")
     return model
 
@@ -110,10 +102,7 @@ def main() -> None:
             if key(record) in map(key, read(file)):
                 continue
             record |= measure(data, seed, MODELS[chosen], mined, n_test=150 if name == "docs" else None)
-            here, threads = machine(*PACKAGES), torch.get_num_threads()
-            record |= {"training": TRAINING | FIXED, "hardware": f"{here['processor']}, {threads} thread{'s' * (threads > 1)}",
-                       "date": datetime.date.today().isoformat(), "versions": here["versions"]}
-            add(file, record)
+            add(file, record := record | {"training": TRAINING | FIXED} | origin(PACKAGES))
             logging.info("seed %d, %s: %s", seed, chosen, record["results"])
     if records := read(file):
         print(f"\n{name}\n\n{table(records)}")
