@@ -6,7 +6,7 @@
 __all__ = ['log', 'HARD_NEGATIVE_MODELS', 'PROMPTS', 'hard_negative_model_name', 'mining_prompts', 'Miner', 'HardNegativeMiner',
            'MiningRules', 'rank_window', 'ExactIndex', 'VoyagerIndex']
 
-# %% ../nbs/06_mining.ipynb #cbb33da9
+# %% ../nbs/06_mining.ipynb #fab06b02
 import logging
 import re
 import sys
@@ -76,7 +76,7 @@ def mining_prompts(
             return {"query": query, "document": document}
     return {"query": "", "document": ""}
 
-# %% ../nbs/06_mining.ipynb #6ea26696
+# %% ../nbs/06_mining.ipynb #c12e597f
 class Miner:
     """What every miner does with a ranking. A subclass has `_index(corpus, n_queries)`, `_read(queries)`, `_rank(read, k)`, `_score(read)`.
 
@@ -173,7 +173,7 @@ class Miner:
         "The queries as `_rank` and `_score` want them."
         return queries
 
-# %% ../nbs/06_mining.ipynb #287e8a25
+# %% ../nbs/06_mining.ipynb #57892eea
 class HardNegativeMiner(Miner):
     """Finds passages that a dense model ranks high for a query and that are not its positives.
 
@@ -183,7 +183,7 @@ class HardNegativeMiner(Miner):
         self,
         model: "str | Path | SentenceTransformer" = "BAAI/bge-small-en-v1.5",  # Hub id, folder, or a loaded model
         *,
-        index: str = "voyager",  # "exact", or "auto": whichever is faster for so many passages and queries
+        index: str = "auto",  # "exact", "voyager", or whichever of the two is done sooner for so many passages and queries
         cache: str | Path | None = None,  # folder where vectors, and the graph, are kept: a second run embeds nothing
         prompts: dict[str, str] | None = None,  # words before a "query" and a "document"; None: as `mining_prompts`
         device: "str | torch.device | Sequence[str] | None" = None,  # several: a process on each; None: the model's own choice

@@ -343,7 +343,7 @@ def test_a_cache_tells_models_apart(tmp_path):
 
 
 def test_an_index_of_another_size_in_the_cache_is_refused_with_the_remedy(tmp_path):
-    miner = lambda: HardNegativeMiner(Weighted(), cache=tmp_path)
+    miner = lambda: HardNegativeMiner(Weighted(), index="voyager", cache=tmp_path)
     miner().fit(texts(60))
     miner().fit(texts(70))
     small, large = sorted(tmp_path.glob("index-*"), key=lambda p: (p / "index.voyager").stat().st_size)
