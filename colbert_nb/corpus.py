@@ -64,7 +64,7 @@ class RetrievalDataset:
         return (f"RetrievalDataset({len(self.corpus):,} passages, {len(self.queries):,} queries, "
                 f"{sum(map(len, self.qrels.values())):,} judgments)")
 
-# %% ../nbs/00_corpus.ipynb #31708990
+# %% ../nbs/00_corpus.ipynb #d2338b17
 SKIPPED = re.compile(r"""(tests?|test_.*|testing|conftest|setup|docs?|_examples|_build_utils|_testutils|_precompute|code_generators
                      |externals?|_external.*|_vendored|pyprima|_?array_api.*|_lib|compat|_?typing)$""", re.X)
 
@@ -83,7 +83,13 @@ def docstrings(package: str         # name of an installed package, such as "num
         parts = file.relative_to(root).with_suffix("").parts
         if any(SKIPPED.match(part) for part in parts): continue
         shown = [part for part in parts if not part.startswith("_")] if spec.submodule_search_locations else []
-        yield from _definitions(_parse(file), ".".join([package, *shown]))
+        written = file.stat()
+        yield from _in_file(file, ".".join([package, *shown]), written.st_mtime_ns, written.st_size)
+
+@lru_cache(maxsize=8192)
+def _in_file(file: Path, prefix: str, changed: int, size: int) -> tuple[tuple[str, str, str], ...]:
+    "What `_definitions` finds in a source file. Parsing takes most of the time, so a process parses a file once, and again when it changed."
+    return tuple(_definitions(_parse(file), prefix))
 
 def _parse(file: Path) -> ast.Module:
     "The tree of a source file; an empty one, with a warning, for a file that is no Python (a template, say)."
@@ -132,7 +138,7 @@ def split_docstring(name: str,      # dotted name of the object
     rest = re.sub(r"^\s*([-=~^]{3,}|%\(\w+\)s)\s*$", "", "\n\n".join(paragraphs[1:]), flags=re.M)
     return _plain(summary), f"{name}{signature} {_one_line(_one_line(rest).replace(summary, ' '))}"
 
-# %% ../nbs/00_corpus.ipynb #ac1da56e
+# %% ../nbs/00_corpus.ipynb #90530b12
 def docstring_corpus(packages: Sequence[str] = ("numpy", "scipy", "sklearn"), # import names, installed
                      *,
                      min_query_words: int = 4,     # a shorter summary says too little to search with
@@ -162,9 +168,14 @@ def docstring_corpus(packages: Sequence[str] = ("numpy", "scipy", "sklearn"), # 
                             {q: {position[name]: 1 for name, _ in passages} for q, passages in enumerate(found.values())},
                             corpus_ids=[name for name, _ in flat], licence="; ".join(_terms(p) for p in dict.fromkeys(packages)))
 
+@lru_cache(maxsize=1)
+def _distributions() -> Mapping[str, list[str]]:
+    "Import names and the installed distributions that they come from: some seconds in a large environment."
+    return importlib.metadata.packages_distributions()
+
 def _terms(package: str) -> str:
     "Version and licence of an installed package, as its own metadata states them."
-    names = importlib.metadata.packages_distributions().get(package)
+    names = _distributions().get(package)
     if not names: return f"{package} (licence not stated)"
     meta = importlib.metadata.metadata(names[0])
     stated = meta.get("License-Expression") or "; ".join(

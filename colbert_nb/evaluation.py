@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'Run', 'METRICS', 'STOPWORDS', 'GREY', 'BLUE', 'ORANGE', 'ranking', 'evaluate', 'PackedIndex', 'embed_corpus',
-           'top_k', 'search', 'bm25_run', 'dense_run', 'rerank', 'Comparison', 'compare', 'save_results',
+           'top_k', 'search', 'bm25_run', 'dense_run', 'rerank', 'Comparison', 'compare', 'save_results', 'plot_theme',
            'plot_results', 'plot_heatmap', 'write_trec_run', 'read_trec_run']
 
 # %% ../nbs/08_evaluation.ipynb #3f7fe76a
@@ -282,7 +282,7 @@ def save_results(
 # %% ../nbs/08_evaluation.ipynb #2765e301
 GREY, BLUE, ORANGE = "#808080", "#3b7dd8", "#e8772e"   # they read well on a light and on a dark page
 
-def _theme():
+def plot_theme():
     "Grey text on a transparent ground, for the length of a `with`."
     import matplotlib.pyplot as plt
     colours = {f"{part}color": GREY for part in ("text.", "axes.label", "axes.title", "axes.edge", "xtick.", "ytick.")}
@@ -301,7 +301,7 @@ def plot_results(
     metrics, systems = list(dict.fromkeys(m for row in results.values() for m in row)), list(results)
     colours = [ORANGE if system == (highlight or systems[-1]) else BLUE for system in systems]
     longest = max(1.0, *(value for row in results.values() for value in row.values()))
-    with _theme():
+    with plot_theme():
         figure, axes = plt.subplots(1, len(metrics), figsize=(2.6 * len(metrics) + 1, 0.34 * len(systems) + 0.6), layout="constrained", squeeze=False)
         for axis, metric in zip(axes[0], metrics):
             bars = axis.barh(range(len(systems)), [results[s].get(metric, 0.0) for s in systems], height=0.72, color=colours)
@@ -331,7 +331,7 @@ def plot_heatmap(
     peaks = sim.max(0).values.index_fill(0, at, math.inf)    # a token that wins a row is always shown
     shown = peaks.topk(min(max(max_tokens, len(at.unique())), len(columns))).indices.sort().values
     title = f"MaxSim {best.sum():.2f}" + (f", {len(shown)} of {len(columns)} passage tokens" if len(shown) < len(columns) else "")
-    with _theme():
+    with plot_theme():
         figure, axis = plt.subplots(figsize=(0.2 * len(shown) + 2.2, 0.2 * len(rows) + 1.3), layout="constrained")
         image = axis.imshow(sim[:, shown].numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
         for row, column in enumerate(torch.searchsorted(shown, at).tolist()):

@@ -179,10 +179,10 @@ class Audit:
     def plot(self):  # a matplotlib Figure
         "Scores by rank with the positives marked, the share of candidates by rule, and what changes would do."
         import matplotlib.pyplot as plt
-        from colbert_nb.evaluation import BLUE, GREY, ORANGE, _theme
+        from colbert_nb.evaluation import BLUE, GREY, ORANGE, plot_theme
 
         ranks, shown = self.ranks[self.ranks.index >= 0], self.changes.iloc[::-1]
-        with _theme():
+        with plot_theme():
             figure, (left, middle, right) = plt.subplots(1, 3, figsize=(10, 0.24 * max(len(shown), 8) + 1), layout="constrained",
                                                          width_ratios=(2, 1, 1))
             left.fill_between(ranks.index, ranks["low"], ranks["high"], color=GREY, alpha=0.25, lw=0)

@@ -203,9 +203,9 @@ def plot_differences(
     "One line a pair: the paired difference with its interval, one dot a collection. A pair without runs has none."
     import matplotlib.pyplot as plt
 
-    from colbert_nb.evaluation import BLUE, GREY, ORANGE, _theme
+    from colbert_nb.evaluation import BLUE, GREY, ORANGE, plot_theme
 
-    with _theme():
+    with plot_theme():
         figure, axis = plt.subplots(figsize=(7, 0.42 * len(pairs) + 0.8), layout="constrained")
         axis.axvline(0, color=GREY, linewidth=0.8)
         for (collection, rows), colour, shift in zip(records.items(), (BLUE, ORANGE), (-0.13, 0.13)):
@@ -229,9 +229,9 @@ def plot_by_steps(
     "A panel a collection: nDCG@10 against the steps of a run, a dot a seed, a line through their means."
     import matplotlib.pyplot as plt
 
-    from colbert_nb.evaluation import BLUE, GREY, ORANGE, _theme
+    from colbert_nb.evaluation import BLUE, GREY, ORANGE, plot_theme
 
-    with _theme():
+    with plot_theme():
         figure, axes = plt.subplots(1, len(records), figsize=(4 * len(records), 3.2), layout="constrained", squeeze=False)
         for axis, (collection, rows) in zip(axes[0], records.items()):
             for number, (name, changes) in enumerate(series.items()):

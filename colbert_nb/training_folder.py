@@ -150,7 +150,7 @@ def plot_log(
     "Loss and learning rate, scores of positive and hardest negative, validation, each over the steps. Raises ValueError without a log."
     import matplotlib.pyplot as plt
 
-    from colbert_nb.evaluation import BLUE, ORANGE, _theme
+    from colbert_nb.evaluation import BLUE, ORANGE, plot_theme
 
     lines = read_log(run)
     steps, checks = [x for x in lines if "loss" in x], [x for x in lines if "loss" not in x]
@@ -161,7 +161,7 @@ def plot_log(
         values = [math.nan if row.get(name) is None else row[name] for row in rows]
         return axis.plot([row["step"] for row in rows], values, color=colour, label=name.replace("_", " "), **style)
 
-    with _theme():
+    with plot_theme():
         figure, axes = plt.subplots(1, 3, figsize=(10, 2.8), layout="constrained")
         rate = axes[0].twinx()
         groups = [draw(axes[0], steps, "loss", BLUE) + draw(rate, steps, "learning_rate", ORANGE, linestyle="--"),

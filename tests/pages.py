@@ -1,8 +1,8 @@
 """Runs a notebook's checks in a process of its own, as nbdev's test does.
 
-The heavy libraries take eight to ten seconds of processor time to import. On Linux one process imports them once and
-runs every notebook in a fork of itself; elsewhere, and for a notebook that sets variables which the Hub's client reads
-as it is imported, each notebook has a fresh process.
+The heavy libraries take eight to ten seconds of processor time to import, and the default corpus eight to read. On Linux
+one process does both once and runs every notebook in a fork of itself; elsewhere, and for a notebook that sets variables
+which the Hub's client reads as it is imported, each notebook has a fresh process.
 """
 
 import importlib
@@ -51,11 +51,13 @@ def forked(notebook: Path, log: Path, limit: int) -> int:
 
 
 def serve() -> None:
-    "Import what is heavy; then read one notebook a line from stdin and answer with its exit status."
+    "Import and read what is heavy; then read one notebook a line from stdin and answer with its exit status."
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for name in HEAVY:
         importlib.import_module(name)
+    from colbert_nb.corpus import docstring_corpus
+    docstring_corpus()  # what it has read stays in memory
     for line in sys.stdin:
         notebook, log, limit = json.loads(line)
         print(forked(Path(notebook), Path(log), limit), file=answers, flush=True)
