@@ -10,7 +10,8 @@ from pages import Pages
 
 ROOT = Path(__file__).parent.parent
 LONG = ("index", "06_mining", "06_mining_others", "07_training_scale", "07_training_losses")  # begun first, so that none is left alone at the end
-STAGES = sorted((p.relative_to(ROOT).as_posix() for p in (ROOT / "nbs").glob("*.ipynb")), key=lambda name: (Path(name).stem not in LONG, name))
+PAGES = [*(ROOT / "nbs").glob("*.ipynb"), *(ROOT / "nbs/explanations").glob("*.ipynb")]
+STAGES = sorted((p.relative_to(ROOT).as_posix() for p in PAGES), key=lambda name: (Path(name).stem not in LONG, name))
 TUTORIALS = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "nbs/tutorials").glob("*.ipynb"))
 LIMIT = 600  # seconds; a slow machine that runs two at a time needs a third of it
 
