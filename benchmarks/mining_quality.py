@@ -29,7 +29,8 @@ from colbert_nb.training_ablations import ablation_pool, ablation_split, ablatio
 
 SOURCES = ("random", "windowed", "filtered", "two rounds", "self-mined")
 RULES = {"windowed": {}, "filtered": {"min_rank": 0, "sampling": "top", "relative_margin": 0.05, "max_positive_similarity": 0.95}}
-FIXED = {"triples": 320, "batch_size": 16, "query_maxlen": 32, "doc_maxlen": 48, "learning_rate": 5e-5, "pool": 600, "folds": 5}
+FIXED = {"triples": 320, "batch_size": 16, "query_maxlen": 32, "doc_maxlen": 48, "learning_rate": 5e-5, "folds": 5}
+POOL = {"docs": 600}  # passages that are searched; of other collections 500, which a fold of 45 queries still fills
 
 
 def split(data: RetrievalDataset, seed: int, fold: int | None) -> tuple[list[int], list[int]]:
@@ -42,7 +43,7 @@ def split(data: RetrievalDataset, seed: int, fold: int | None) -> tuple[list[int
     return random.Random(seed).sample(train, len(train)), test
 
 
-def run(data: RetrievalDataset, mined: dict[str, dict], source: str, seed: int, fold: int | None) -> dict:
+def run(data: RetrievalDataset, mined: dict[str, dict], source: str, seed: int, fold: int | None, n_pool: int) -> dict:
     "Train with one source of negatives, and search a pool of the windowed negatives and the positives of the test queries."
     from colbert_nb.encoder import ColBERT
     from colbert_nb.evaluation import METRICS, evaluate, search
@@ -55,7 +56,7 @@ def run(data: RetrievalDataset, mined: dict[str, dict], source: str, seed: int, 
         rng = random.Random(seed)
         negatives = {q: negatives.get(q) or rng.sample(sorted(set(range(len(data.corpus))) - set(data.qrels[q])), 10) for q in train}
     rows = ablation_triples(data, train, min(FIXED["triples"], sum(len(data.qrels[q]) for q in train)), seed, negatives)
-    pool = ablation_pool(data, test, FIXED["pool"], seed, mined["windowed"])
+    pool = ablation_pool(data, test, n_pool, seed, mined["windowed"])
     model = ColBERT.from_pretrained(minilm_path(), init="pca", sample=data.corpus, query_maxlen=FIXED["query_maxlen"],
                                     doc_maxlen=FIXED["doc_maxlen"], device="cpu", seed=seed)
     training = training_data(data, rows)
@@ -123,10 +124,10 @@ def main() -> None:
     for seed in given.seeds:
         for fold in [None] if name == "docs" else range(FIXED["folds"]):
             for source in wanted:
-                record = {"data": name, "seed": seed, "settings": {"source": source, "fold": fold} | FIXED}
+                record = {"data": name, "seed": seed, "settings": {"source": source, "fold": fold} | FIXED | {"pool": POOL.get(name, 500)}}
                 if key(record) in map(key, read(file)):
                     continue
-                record |= run(data, mined, source, seed, fold)
+                record |= run(data, mined, source, seed, fold, record["settings"]["pool"])
                 add(file, record := record | origin())
                 logging.info("seed %d, fold %s, %s: nDCG@10 %.4f", seed, fold, source, record["results"]["nDCG@10"])
     print(table(read(file)))
