@@ -23,17 +23,20 @@ from .data_rows import Examples
 
 log = logging.getLogger(__name__)
 
-# %% ../nbs/05_data_tables.ipynb #2255a161
+# %% ../nbs/05_data_tables.ipynb #9d22509d
 MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+
+def _file(path: str | Path) -> Path:
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: expected a file, got {'a folder' if Path(path).is_dir() else 'nothing of that name'}. Correct the path.")
+    return Path(path)
 
 def text_lines(
     path: str | Path,        # a file of text
     encoding: str = "utf-8", # with or without a mark at the start
 ) -> Iterator[str]:  # lines with their ends
     "The lines of a file, the mark left out. Raises `ValueError` for bytes that are not of the encoding, with their line."
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: expected a file, got {'a folder' if path.is_dir() else 'nothing of that name'}. Correct the path.")
+    path = _file(path)
     try: wanted = codecs.lookup(encoding).name
     except LookupError: raise ValueError(f"encoding: expected a name such as 'utf-8' or 'cp1252', got {encoding!r}.") from None
     with open(path, "rb") as file: start = file.read(4)
@@ -52,7 +55,7 @@ def text_lines(
                                  "Save the file as UTF-8, or set the encoding to what it was saved in, often cp1252.") from error
             yield line.removeprefix("\ufeff") if number == 1 else line
 
-# %% ../nbs/05_data_tables.ipynb #a4719d1f
+# %% ../nbs/05_data_tables.ipynb #3d5337c5
 DELIMITERS, LARGEST = {".csv": ",", ".tsv": "\t"}, 2**31 - 1
 
 def _json_rows(path: Path, encoding: str) -> Iterator[tuple[int, dict]]:
@@ -80,7 +83,7 @@ def _cells(path: Path, encoding: str, delimiter: str, quotes: bool) -> Iterator[
 def _table(path: str | Path, columns: Sequence[str] | None = None, delimiter: str | None = None, quotes: bool | None = None,
            encoding: str = "utf-8") -> tuple[list[str], list[tuple[int, dict[str, Any]]]]:
     "The names of the columns, and the rows."
-    path = Path(path)
+    path = _file(path)
     kind = path.suffix.lower()
     if kind in (".jsonl", ".ndjson"):
         if columns is not None: raise ValueError(f"{path.name}: expected no names of columns, each line has them; got {list(columns)}.")
@@ -97,6 +100,9 @@ def _table(path: str | Path, columns: Sequence[str] | None = None, delimiter: st
     names = [str(name).strip() for name in (columns if columns is not None else cells.pop(0)[1] if cells else ())]
     if twice := [name for name, n in Counter(names).items() if n > 1 and name]:
         raise ValueError(f"{path.name}: expected each column once, got {twice[0]!r} twice. Rename one of them.")
+    if other := next((mark for mark in ";\t|," if len(names) == 1 and mark in names[0]), None):
+        raise ValueError(f"{path.name}: expected columns with {delimiter!r} between them, got {names[0][:80]!r}. Its cells seem to have {other!r} "
+                         "between them: set the delimiter to that.")
     for line, row in cells:
         if len(row) != len(names):
             raise ValueError(f"{path.name} line {line}: expected {len(names)} cells, as there are columns ({', '.join(names)}), got "
@@ -140,13 +146,11 @@ def label_value(
     text = cell.strip() if isinstance(cell, str) else cell
     return int(text.split(".")[0]) if isinstance(text, str) and re.fullmatch(r"[+-]?[0-9]{1,9}(\.0+)?", text) else text
 
-# %% ../nbs/05_data_tables.ipynb #1d08b999
+# %% ../nbs/05_data_tables.ipynb #c97e6ac5
 def _missing(path: Path, wanted: str, parameter: str, names: list[str]) -> ValueError:
     "The error for a column that is not there, with what is probably meant."
     alike = next((name for name in names if name.strip().lower() == wanted.lower()), None)
-    other = next((mark for mark in ";\t,|" if len(names) == 1 and mark in names[0]), None)
-    advice = (f"Its cells seem to have {other!r} between them: set the delimiter to that." if other else
-              f"Name it: {parameter}={alike!r}." if alike else
+    advice = (f"Name it: {parameter}={alike!r}." if alike else
               f"Name the right one with {parameter}, or, if the first row is no header, name all columns with columns.")
     return ValueError(f"{path.name}: expected a column {wanted!r}, got {', '.join(repr(name[:40]) for name in names) or 'an empty file'}. {advice}")
 
@@ -157,14 +161,14 @@ def _texts(value: Any, where: str) -> str | list[str]:
     return [clean_text(text, f"{where} {i}") for i, text in enumerate(value)]
 
 def _checked(path: Path, rows: list[tuple[int, dict]], make) -> list:
-    "`make(row, place)` of each row; the error of the first that fails, with the lines of the others."
+    "`make(row, place)` of each row; the error of the first that fails, with the lines of all that do."
     made, faults = [], []
     for line, row in rows:
         try: made.append(make(row, f"{path.name} line {line}"))
         except ValueError as error: faults.append((line, error))
     if not faults: return made
-    others = ", ".join(str(line) for line, _ in faults[1:11]) + (", ..." if len(faults) > 11 else "")
-    raise ValueError(f"{faults[0][1]}" + (f" {len(faults) - 1} more rows have a fault, in lines {others}." if others else ""))
+    lines = ", ".join(str(line) for line, _ in faults[:10]) + (", ..." if len(faults) > 10 else "")
+    raise ValueError(f"{faults[0][1]}" + (f" {len(faults)} rows have a fault, in lines {lines}." if len(faults) > 1 else ""))
 
 # %% ../nbs/05_data_tables.ipynb #a0836b3b
 def read_pairs(

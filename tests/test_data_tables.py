@@ -101,7 +101,7 @@ def test_every_faulty_row_is_named(folder):
     text = "query,passage\n" + "".join(f"q{n},{'' if n % 5 == 0 else 'p'}\n" for n in range(100))
     with pytest.raises(ValueError) as error:
         read_pairs(written(folder, "many.csv", text))
-    assert "many.csv line 2, passage" in str(error.value) and "19 more rows have a fault, in lines 7, 12, 17" in str(error.value)
+    assert "many.csv line 2, passage" in str(error.value) and "20 rows have a fault, in lines 2, 7, 12, 17" in str(error.value)
 
 
 REFUSED = {  # name -> content, options, parts of the error
@@ -110,7 +110,7 @@ REFUSED = {  # name -> content, options, parts of the error
     "more cells": ("a.csv", "query,passage\na,b,c\n", {}, ["a.csv line 2", "expected 2 cells", "got 3"]),
     "fewer cells": ("a.tsv", "query\tpassage\na\n", {}, ["a.tsv line 2", "got 1"]),
     "a column twice": ("a.csv", "query,query,passage\na,b,c\n", {}, ["'query' twice"]),
-    "semicolons": ("a.csv", "query;passage\na;b\n", {}, ["';' between them"]),
+    "semicolons": ("a.csv", "query;passage\na, c;b\n", {}, ["';' between them"]),
     "other case": ("a.csv", "QUERY,passage\na,b\n", {}, ["query_column='QUERY'"]),
     "no such column": ("a.csv", "query,passage\na,b\n", {"label_column": "grade"}, ["'grade'", "label_column"]),
     "nothing": ("a.csv", "", {}, ["an empty file"]),
