@@ -66,7 +66,7 @@ def _check_row(row: Any, where: str, length: int | None, labelled: bool) -> None
         raise ValueError(f"{where}: expected (query, passage) or (query, positive, negative), got {len(row)} values. "
                          "Several passages go in a list: (query, [passage, passage]).")
 
-# %% ../nbs/05_data_rows.ipynb #924206eb
+# %% ../nbs/05_data_rows.ipynb #9834f317
 def _label(row: tuple, where: str, positive: Any, negative: Any) -> bool:
     if not isinstance(row[2], Hashable) or row[2] not in (positive, negative):
         raise ValueError(f"{where}: expected the label {positive!r} or {negative!r}, got {shown(row[2])}. Correct it, or "
@@ -76,8 +76,9 @@ def _label(row: tuple, where: str, positive: Any, negative: Any) -> bool:
 def _read(raw_data: Any, corpus: dict[str, int], name: str, labels: tuple | None) -> tuple[dict, tuple[dict, dict]]:
     "Queries {text: number} and, for negatives and for positives, {query: {passage: first row}}; `corpus` grows."
     queries, known, length = {}, ({}, {}), None
+    place = getattr(raw_data, "place", lambda number: f"{name} row {number}")
     for number, row in _items(raw_data, name):
-        where = f"{name} row {number}"
+        where = place(number)
         _check_row(row, where, length, labels is not None)
         length, query = len(row), queries.setdefault(clean_text(row[0], f"{where}, query"), len(queries))
         if not labels and length == 3 and isinstance(row[2], Number):
@@ -90,9 +91,9 @@ def _read(raw_data: Any, corpus: dict[str, int], name: str, labels: tuple | None
             for text in _texts(value, f"{where}, {part}"):
                 passage = corpus.setdefault(text, len(corpus))
                 if passage in other:
-                    rows = (number, other[passage]) if positive else (other[passage], number)
+                    rows = [place(n).removeprefix(f"{name} ") for n in ((number, other[passage]) if positive else (other[passage], number))]
                     raise ValueError(f"{where}: expected no passage to be both positive and negative of one query, got "
-                                     f"{reprlib.repr(text)}, positive in row {rows[0]} and negative in row {rows[1]}, for "
+                                     f"{reprlib.repr(text)}, positive in {rows[0]} and negative in {rows[1]}, for "
                                      f"the query {reprlib.repr(row[0])}. Remove one of the two.")
                 known[positive].setdefault(query, {}).setdefault(passage, number)
     if length is None: raise ValueError(f"{name}: expected a row at least, got none. A generator can be read only once.")
