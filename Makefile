@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 NAME := first_colbert
 
-.PHONY: help tutorial test lab readme clean
+.PHONY: help tutorial test lab docs readme clean
 
 help:
 	@echo "make tutorial   train a first ColBERT on this machine and show the results (about 10 minutes)"
 	@echo "make test       run every notebook's checks and tests/"
 	@echo "make lab        open the notebooks in JupyterLab"
+	@echo "make docs       build the site into _docs; with Quarto where it is installed"
 	@echo "make readme     write README.md from nbs/index.ipynb"
 	@echo "make clean      remove what the other targets made, but for $(VENV) and runs/"
 
@@ -27,6 +28,9 @@ test: $(VENV)/.installed
 
 lab: $(VENV)/.installed
 	$(BIN)/jupyter lab nbs
+
+docs: $(VENV)/.installed
+	$(BIN)/python scripts/site_build.py
 
 readme: $(VENV)/.installed
 	$(BIN)/python scripts/notebooks.py readme

@@ -1,0 +1,279 @@
+"""The site that `make docs` builds: whole, readable, and searched in a browser."""
+
+import posixpath
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+from browser import Browser, chromium, served
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+import site_build  # noqa: E402
+import site_render  # noqa: E402
+from site_api import read_module  # noqa: E402
+from site_pages import directives  # noqa: E402
+
+BASE = "/colbert_nb/"
+
+
+class Seen(HTMLParser):
+    "What a test asks of a page: its anchors, links, pictures without a description, text outside of code, landmarks."
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.anchors, self.links, self.bare, self.text, self.tags, self.code = [], [], [], [], [], 0
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        self.tags.append(tag)
+        self.anchors += [given["id"]] if "id" in given else []
+        self.links += [given[name] for name in ("href", "src") if given.get(name)]
+        if tag == "img" and not (given.get("alt") or "").strip():
+            self.bare.append(given["src"])
+        self.code += tag in ("pre", "code", "script", "style")
+
+    def handle_endtag(self, tag):
+        self.code -= tag in ("pre", "code", "script", "style")
+
+    def handle_data(self, data):
+        if not self.code:
+            self.text.append(data)
+
+
+@pytest.fixture(scope="session")
+def site():
+    return site_build.read_site(ROOT)
+
+
+@pytest.fixture(scope="session")
+def built(site, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("site")
+    site_build.build(site, out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def pages(built) -> dict[str, Seen]:
+    return {p.relative_to(built).as_posix(): Seen(p.read_text(encoding="utf-8")) for p in sorted(built.rglob("*.html"))}
+
+
+def place(address: str, link: str) -> str:
+    "Where a link of a page leads, from the top of the site."
+    if link.startswith(BASE):
+        return link[len(BASE):]
+    return posixpath.normpath(posixpath.join(posixpath.dirname(address), link)) if link else address
+
+
+def test_every_link_and_anchor_leads_somewhere(built, pages):
+    broken = []
+    for address, page in pages.items():
+        for link in page.links:
+            if re.match(r"https?:|data:|mailto:", link):
+                continue
+            path, _, anchor = link.partition("#")
+            path = place(address, path)
+            if not (built / path).is_file() or anchor and path in pages and anchor not in pages[path].anchors:
+                broken.append((address, link))
+    assert not broken
+
+
+def test_anchors_are_unique(pages):
+    assert not {(address, a) for address, page in pages.items() for a in page.anchors if page.anchors.count(a) > 1}
+
+
+def test_every_public_name_has_an_entry(site, pages):
+    missing = []
+    for name, module in site.modules.items():
+        home = next((p.address for p in site.pages if p.module == name), None)
+        listed = {n for row in site_build.api_entries(site) if row["module"] is module for n, *_ in row["entries"]}
+        for public in module.public:
+            here = public in module.symbols and home and public in pages[home].anchors
+            if not (here or public in module.borrowed) or public not in listed:
+                missing.append(f"{name}.{public}")
+    assert not missing
+
+
+def test_every_notebook_is_in_the_sidebar(site, pages):
+    stored = {p.relative_to(site.folder).as_posix() for p in site.folder.rglob("*.ipynb") if "checkpoints" not in str(p)}
+    assert {p.path.as_posix() for p in site.pages} == stored
+    for address, page in pages.items():
+        assert {p.address for p in site.pages} | {"api.html"} <= {place(address, link) for link in page.links}, address
+
+
+def test_nothing_raw_is_shown(pages):
+    raw = {address: found for address, page in pages.items()
+           if (found := re.findall(r"#\|.*|^:::.*|\$\$|\{\{<|(?<!\w)@(?:fig|tbl|sec)-\w+|\*\*\w+|\]\([\w#.]", "\n".join(page.text), re.M))}
+    assert not raw
+
+
+def test_no_directive_is_shown_in_code(built):
+    mark = re.compile(r"#\|\s*(export|hide|echo|output|fig-|default_exp|eval|slow|notest)")
+    assert not [p.name for p in built.rglob("*.html") if mark.search(p.read_text(encoding="utf-8"))]
+
+
+def test_every_picture_is_described(pages):
+    assert not {address: page.bare for address, page in pages.items() if page.bare}
+
+
+def test_landmarks(pages):
+    for address, page in pages.items():
+        assert page.tags.count("main") == page.tags.count("h1") == 1 and {"header", "nav", "footer"} <= set(page.tags), address
+        assert page.links.count("#content") == 1 and "content" in page.anchors, address
+
+
+def test_nothing_is_fetched_from_elsewhere(built):
+    fetched = r'<(?:script|img|iframe|source)[^>]*\ssrc="(?:https?:)?//|<link[^>]*rel="(?:stylesheet|preload|icon)"[^>]*href="(?:https?:)?//'
+    assert not [p.name for p in built.rglob("*.html") if re.search(fetched, p.read_text(encoding="utf-8"))]
+    assert not [p.name for p in (built / "assets").iterdir() if re.search(r"@import|url\(\s*['\"]?https?:|fetch\(", p.read_text(encoding="utf-8"))]
+
+
+def test_each_page_has_its_notebook_and_its_text(site, built, pages):
+    for page in site.pages:
+        assert (built / "notebooks" / page.path).read_bytes() == (site.folder / page.path).read_bytes()
+        assert site.colab(page) in pages[page.address].links
+        assert (built / f"{page.address}.md").read_text(encoding="utf-8").startswith(f"# {page.title}\n")
+    names = (built / "llms.txt").read_text(encoding="utf-8")
+    assert names.startswith(f"# {site.website['title']}\n\n> ") and all(f"/{p.address}.md)" in names for p in site.pages)
+
+
+def test_what_quarto_would_render(site, tmp_path):
+    site_build.prepare(site, tmp_path / "proc")
+    for page in site.pages:
+        notebook = nbformat.read(tmp_path / "proc" / page.path, as_version=4)
+        nbformat.validate(notebook)
+        head = yaml.safe_load(notebook.cells[0].source.strip("-\n"))
+        assert head["output-file"] == Path(page.address).name and head["title"] == page.title
+        assert not [c for c in notebook.cells if {"hide", "export", "exports", "default_exp"} & set(directives(c.source)[0])]
+        source = nbformat.read(site.folder / page.path, as_version=4)
+        stored = sum("image/png" in o.get("data", {}) for c in source.cells if c.cell_type == "code" and "hide" not in directives(c.source)[0]
+                     and directives(c.source)[0].get("output") != "false" for o in c.outputs)
+        assert stored == sum("image/png" in o.get("data", {}) for c in notebook.cells if c.cell_type == "code" for o in c.outputs)
+
+
+def made(tmp_path: Path, *cells, name: str = "01_made.ipynb") -> str:
+    "The page of a notebook with these cells: a text is a Markdown cell, a pair is code and its outputs."
+    (tmp_path / "nbs").mkdir(exist_ok=True)
+    v4 = nbformat.v4
+    rows = [v4.new_markdown_cell(c) if isinstance(c, str) else v4.new_code_cell(c[0], outputs=c[1]) for c in cells]
+    nbformat.write(v4.new_notebook(cells=rows), tmp_path / "nbs" / name)
+    page = site_build.read_page(tmp_path / "nbs", Path(name), {})
+    return site_render.Renderer([page], {"maxsim": ("scoring.html", "maxsim"), "top_k": ("evaluation.html", "top_k")}, "").page(page)[0]
+
+
+def text(value: str) -> list:
+    return [nbformat.v4.new_output("execute_result", {"text/plain": value})]
+
+
+def test_cells_are_shown_as_marked(tmp_path):
+    page = made(tmp_path, "# Made", ("#| hide\nsecret = 1", text("hidden")), ("#| echo: false\nsilent", text("shown")),
+                ("#| output: false\nloud", text("gone")), ("#| code-fold: true\nfolded = 2", []), ("plain", text("<b>")))
+    assert not re.search("secret|hidden|silent|gone", page)
+    assert "shown" in page and "loud" in page and "&lt;b&gt;" in page
+    assert re.search(r'<details class="fold"><summary>Code</summary>.*folded', page)
+
+
+def test_markdown_of_a_page(tmp_path):
+    page = made(tmp_path, "# Made", "## Same\n\nSee [there](01_made.ipynb#same) and `top_k`, not `maxsim`; it costs $5 or $6.\n\n## Same\n\n"
+                "$$\\max_j q_j$$\n\n::: {.callout-note}\n## Mind\n\nthe gap\n:::\n\n| a | b |\n|---|--:|\n| 1 | `x` |")
+    assert 'id="same"' in page and 'id="same-1"' in page and 'href="made.html#same"' in page
+    assert 'href="evaluation.html#top_k"' in page and "scoring.html" not in page   # a plain word is no link
+    assert "$5 or $6" in page and "<munder>" in page and ":::" not in page
+    assert '<p class="callout-title">Mind</p>' in page and "the gap" in page and '<div class="table"' in page
+
+
+def test_a_formula_that_cannot_be_shown_is_named(tmp_path):
+    with pytest.raises(ValueError, match="nosuchcommand"):
+        made(tmp_path, "# Made", "$$\\nosuchcommand{x}$$")
+
+
+def test_a_folder_that_holds_no_site_is_left_alone(tmp_path, site):
+    (tmp_path / "letter").write_text("dear")
+    with pytest.raises(ValueError, match="expected a folder that is empty or holds a site"):
+        site_build.build(site, tmp_path)
+    assert (tmp_path / "letter").exists()
+
+
+MADE = '''"Doc"
+__all__ = ["log", "A", "B", "f", "C"]
+from logging import getLogger
+log = getLogger()
+A, B = 1, 2
+
+def f(
+    x: int,  # a number
+    *rest,
+    y: str = "é, ü", # a word
+) -> dict:  # what
+    "Do."
+
+class C:
+    "See."
+    def __init__(self, z=1): pass
+    def go(self): "Went."
+'''
+
+
+def test_api_is_read_from_the_source(tmp_path):
+    (tmp_path / "made.py").write_text(MADE, encoding="utf-8")
+    module = read_module(tmp_path / "made.py")
+    f, c = module.symbols["f"], module.symbols["C"]
+    assert module.public == ["A", "B", "f", "C"] and f.signature == 'f(x, *rest, y="é, ü")' and f.line == 7 and f.doc == "Do."
+    assert [p.note for p in f.parameters] == ["a number", "", "a word"] and (f.returns.type, f.returns.note) == ("dict", "what")
+    assert c.signature == "C(z=1)" and module.symbols["C.go"].signature == "C.go()" and c.members == [module.symbols["C.go"]]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not chromium():
+        pytest.skip("no Chromium here: the site is not opened in a browser")
+    with Browser() as tab:
+        yield tab
+
+
+def searched(browser: Browser, words: str) -> list[str]:
+    browser.press("/")
+    browser.until("document.activeElement.id === 'query' && window.siteIndex !== undefined")
+    browser.type(words)
+    browser.until("document.querySelectorAll('#results li').length")
+    return browser.run("[...document.querySelectorAll('#results a')].map(link => link.getAttribute('href'))")
+
+
+def test_search_in_a_browser(browser, built):
+    "From a folder without a server: the search finds a name and goes to it."
+    browser.window(1280)
+    browser.open((built / "index.html").as_uri())
+    assert searched(browser, "maxsim_pairwise")[0] == "scoring.html#maxsim_pairwise"
+    browser.press("Enter")
+    assert browser.until("location.pathname.endsWith('/scoring.html') && document.readyState === 'complete' && location.hash") == "#maxsim_pairwise"
+    assert browser.run("Math.abs(document.getElementById('maxsim_pairwise').getBoundingClientRect().top) < innerHeight")
+    assert not browser.problems
+
+
+def test_pages_in_a_browser(browser, built, site):
+    "From a server, below a folder of it: no error, no request elsewhere, nothing wider than a phone; and the page for what is not there."
+    with served(built, BASE) as address:
+        browser.window(390, dark=True)
+        wide = {}
+        for page in site.pages:
+            browser.open(address + page.address)
+            if browser.run("document.documentElement.scrollWidth") > 390:
+                wide[page.address] = browser.run("document.documentElement.scrollWidth")
+            assert not browser.problems, page.address
+        assert not wide
+        assert browser.run("getComputedStyle(document.body).backgroundColor") == "rgb(18, 22, 27)"
+        browser.run("document.getElementById('theme-button').click()")
+        assert browser.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+        assert not browser.run("document.getElementById('menu').checkVisibility()")
+        browser.run("document.getElementById('menu-button').click()")
+        assert browser.run("document.getElementById('menu').checkVisibility()")
+        browser.open(address + "no/such/page.html")
+        assert browser.run("document.querySelector('h1').textContent") == "Page not found"
+        assert browser.run("getComputedStyle(document.querySelector('.top')).position") == "sticky"  # it has its style, and its links hold
+        assert searched(browser, "hard negatives")[0].startswith(BASE + "mining")
