@@ -312,7 +312,7 @@ def test_a_step_of_training_changes_the_key(dense):
 def test_weights_are_hashed_once(dense, monkeypatch):
     model, calls = dense(), []
     model_key(model)
-    monkeypatch.setattr(mining_vectors, "_tokenizer", lambda model: calls.append(model) or "")
+    monkeypatch.setattr(mining_vectors, "tokenizer_key", lambda model: calls.append(model) or "")
     model_key(model), model_key(model, "query")
     assert not calls
 

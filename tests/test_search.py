@@ -17,8 +17,10 @@ from tiny import WORDS, fresh
 from colbert_nb import evaluation, search, search_files
 from colbert_nb.encoder import ColBERT
 from colbert_nb.scoring import maxsim, pad
-from colbert_nb.search import SearchIndex, model_identity
-from colbert_nb.search_files import FILES, IndexFiles, copy_live, read_passages
+from colbert_nb.search import SearchIndex
+from colbert_nb.search_files import FILES, IndexFiles
+from colbert_nb.search_input import model_identity
+from colbert_nb.search_passages import copy_live, read_passages
 
 TEXTS = [" ".join(WORDS[(7 * i + j * (i + 1)) % 60] for j in range(2 + i % 9)) for i in range(40)]
 QUERIES = [f"{WORDS[3]} {WORDS[10]}", f"{WORDS[20]}", f"{WORDS[41]} {WORDS[5]} {WORDS[6]}"]
