@@ -237,7 +237,7 @@ def replace_folder(
     with whole_folder(path) as new:
         yield new
 
-# %% ../nbs/03_encoder_files.ipynb #e79cb71f
+# %% ../nbs/03_encoder_files.ipynb #ad63f7af
 CHECKPOINT_FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "artifact.metadata",
                     "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", *PYLATE_FILES}
 UNWANTED = ("_name_or_path", "name_or_path", "is_local", "local_files_only", "max_length", "stride",
@@ -272,4 +272,4 @@ def write_checkpoint(
     if not settings["query_expansion"]:
         warn_once(f"queries of this model are not filled up, but colbert-ai and RAGatouille fill them up to query_maxlen={settings['query_maxlen']} "
                   "all the same and rank otherwise; PyLate and sentence-transformers read query_expansion=False from the checkpoint")
-    write_json(folder / "artifact.metadata", settings)
+    write_json(folder / "artifact.metadata", {"root": "experiments", **settings})  # colbert-ai's usual name, which RAGatouille's index asks for
