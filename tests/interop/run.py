@@ -146,7 +146,7 @@ def run_loader(loader: str, checkpoints: list[Checkpoint], envs: Path, work: Pat
         command = [python, str(HERE / "loaders.py"), str(out / "job.json")]
         ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
     lines = [json.loads(line) for line in ran.stdout.splitlines()]
-    said = {line["checkpoint"]: line["error"] for line in lines}
+    said = {line["checkpoint"]: line["error"] and line["error"].replace(f"{work}/", "") for line in lines}  # no paths in the record
     for checkpoint in checkpoints:
         said.setdefault(checkpoint.name, f"the process ended with status {ran.returncode}")
     return said, lines[-1]["versions"] if lines else {}
