@@ -3,12 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NAME := first_colbert
+# a trained checkpoint for make interop; the tutorial's, where make tutorial made it
+TRAINED ?= $(wildcard runs/$(NAME)/best)
 
-.PHONY: help tutorial test lab docs readme clean
+.PHONY: help tutorial test interop lab docs readme clean
 
 help:
 	@echo "make tutorial   train a first ColBERT on this machine and show the results (about 10 minutes)"
 	@echo "make test       run every notebook's checks and tests/"
+	@echo "make interop    load checkpoints in colbert-ai, RAGatouille, PyLate and sentence-transformers and compare (10 GB of environments the first time)"
 	@echo "make lab        open the notebooks in JupyterLab"
 	@echo "make docs       build the site into _docs; with Quarto where it is installed"
 	@echo "make readme     write README.md from nbs/index.ipynb"
@@ -25,6 +28,9 @@ tutorial: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+interop: $(VENV)/.installed
+	$(BIN)/python tests/interop/run.py $(if $(TRAINED),--trained $(TRAINED))
 
 lab: $(VENV)/.installed
 	$(BIN)/jupyter lab nbs

@@ -22,6 +22,7 @@ import sys
 from pathlib import Path
 
 import torch
+from environments import peer_python
 from hardware import cpu_info, machine
 
 from colbert_nb.corpus import RetrievalDataset, docstring_corpus, load_beir, minilm_path, split_queries
@@ -42,16 +43,7 @@ def python_of(
     folder: Path,  # holds the environments
 ) -> str:  # the interpreter that runs the system
     "The peer's own environment, made with its pins where it is missing or the pins have changed."
-    if system == "ours":
-        return sys.executable
-    pins, env = HERE / "peers" / f"{PINS[system]}.txt", folder / PINS[system]
-    python, stamp = env / "bin" / "python", env / "pins.txt"
-    if not stamp.is_file() or stamp.read_text() != pins.read_text():
-        print(f"making the environment of {system} in {env}", file=sys.stderr)
-        subprocess.run([sys.executable, "-m", "venv", str(env)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", str(pins)], check=True)
-        stamp.write_text(pins.read_text())
-    return str(python)
+    return sys.executable if system == "ours" else peer_python(PINS[system], folder)
 
 
 def read_data(data: str, n_test: int, seed: int) -> tuple[RetrievalDataset, list[int], list[int]]:  # with train and test queries

@@ -6,7 +6,7 @@
 __all__ = ['CHECKPOINT_FILES', 'UNWANTED', 'quiet_transformers', 'locate_model', 'max_positions', 'check_encoder', 'weight_files',
            'weight_names', 'load_backbone', 'load_tokenizer', 'read_projection', 'replace_folder', 'write_checkpoint']
 
-# %% ../nbs/03_encoder_files.ipynb #426611c4
+# %% ../nbs/03_encoder_files.ipynb #06891d55
 import contextlib
 import copy
 import os
@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .encoder_loaders import PYLATE_FILES, unsaid, warn_once, write_pylate_files
 from .encoder_settings import (OWN_SETTINGS, SETTINGS, colbert_config, encoder_folder, is_colbert_checkpoint, is_other_late_interaction,
                                          is_own_checkpoint, read_json, read_metadata, read_modules, write_json)
 from .files import whole_folder
@@ -236,9 +237,9 @@ def replace_folder(
     with whole_folder(path) as new:
         yield new
 
-# %% ../nbs/03_encoder_files.ipynb #a60c2a41
+# %% ../nbs/03_encoder_files.ipynb #ad63f7af
 CHECKPOINT_FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "artifact.metadata",
-                    "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt"}
+                    "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", *PYLATE_FILES}
 UNWANTED = ("_name_or_path", "name_or_path", "is_local", "local_files_only", "max_length", "stride",
             "truncation_strategy", "pad_to_multiple_of")
 
@@ -250,7 +251,7 @@ def write_checkpoint(
     tokenizer,  # its transformers tokenizer; only a copy is changed
     settings: dict,  # for artifact.metadata: those of `SETTINGS` and `OWN_SETTINGS`
 ) -> None:
-    "Writes colbert-ai's checkpoint files, `artifact.metadata` last; the same model gives the same bytes."
+    "Writes colbert-ai's checkpoint files, and PyLate's where they say more; the same model gives the same bytes."
     weights = {f"{encoder.base_model_prefix}.{name}": weight for name, weight in encoder.state_dict().items()}
     save_file({name: weight.detach().cpu().contiguous().clone() for name, weight in [*weights.items(), ("linear.weight", linear)]},
               folder / "model.safetensors", metadata={"format": "pt"})
@@ -263,5 +264,12 @@ def write_checkpoint(
     tokenizer.save_pretrained(folder)
     for name in ("config.json", "tokenizer_config.json"):
         content = {k: v for k, v in read_json(folder / name).items() if k not in UNWANTED}
+        if content.get("tokenizer_class") == "TokenizersBackend":
+            content["tokenizer_class"] = "PreTrainedTokenizerFast"
         write_json(folder / name, content)
-    write_json(folder / "artifact.metadata", settings)
+    if unsaid(tokenizer, settings):
+        write_pylate_files(folder, linear, tokenizer, settings)
+    if not settings["query_expansion"]:
+        warn_once(f"queries of this model are not filled up, but colbert-ai and RAGatouille fill them up to query_maxlen={settings['query_maxlen']} "
+                  "all the same and rank otherwise; PyLate and sentence-transformers read query_expansion=False from the checkpoint")
+    write_json(folder / "artifact.metadata", {"root": "experiments", **settings})  # colbert-ai's usual name, which RAGatouille's index asks for

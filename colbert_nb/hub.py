@@ -31,11 +31,11 @@ log = logging.getLogger(__name__)
 _all_ = ["HubError", "HubFile"]
 ONNX = "vespa_colbert.onnx"
 
-# %% ../nbs/09_hub.ipynb #f0332d3c
+# %% ../nbs/09_hub.ipynb #d262893a
 def remote_files(api: HfApi, repo: str, revision: str | None) -> tuple[str, dict[str, RepoFile]]:
-    "The commit that a revision is at, and the files at its top by their names."
+    "The commit that a revision is at, and its files by their names."
     commit = again(api.model_info, repo, revision=revision).sha
-    entries = again(lambda: list(api.list_repo_tree(repo, revision=commit)))
+    entries = again(lambda: list(api.list_repo_tree(repo, recursive=True, revision=commit)))
     return commit, {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
 
@@ -138,7 +138,7 @@ def check_request(repo: str, revision: str | None, create_pr: bool, tag: str | N
     if not isinstance(message, str) or not message.strip():
         raise ValueError(f"expected a commit message, got {message!r}")
 
-# %% ../nbs/09_hub.ipynb #6902da3c
+# %% ../nbs/09_hub.ipynb #bed9d99b
 def export_to_huggingface_hub(
     colbert_path: str | Path,  # a checkpoint, as `train` returns it; nothing in it is changed, but for `use_tmp_dir`
     huggingface_repo_name: str,  # "user/name"

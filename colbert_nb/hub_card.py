@@ -174,7 +174,7 @@ def card_head(name: str, base_model: str | None, language: str | None, license: 
     return ModelCardData(language=language, license=license, library_name="sentence-transformers", pipeline_tag="feature-extraction",
                          tags=list(TAGS), base_model=base_model, model_name=name if found else None, eval_results=found or None)
 
-# %% ../nbs/09_hub_card.ipynb #335595e2
+# %% ../nbs/09_hub_card.ipynb #9b20771b
 def describe_onnx(
     file: Path,  # of `export_to_vespa_onnx`
 ) -> str:

@@ -6,7 +6,7 @@
 __all__ = ['log', 'NEEDED', 'OPTIONAL', 'WEIGHTS', 'INDEX', 'PART', 'TOKEN', 'LOCAL', 'allowed_files', 'HubFile', 'hub_files',
            'file_shapes', 'expected_shapes', 'broken_tensors', 'private_keys', 'find_problems', 'check_checkpoint']
 
-# %% ../nbs/09_hub_check.ipynb #79aaf340
+# %% ../nbs/09_hub_check.ipynb #d9ca6afb
 import hashlib
 import logging
 import re
@@ -18,14 +18,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .encoder import ColBERT
-from .encoder_files import check_encoder, load_tokenizer, quiet_transformers
-from .encoder_settings import OWN_SETTINGS, read_json, read_metadata
+from .encoder_files import check_encoder, load_tokenizer, quiet_transformers, read_projection
+from .encoder_settings import OWN_SETTINGS, read_json, read_metadata, read_modules
 
 log = logging.getLogger(__name__)
 
-# %% ../nbs/09_hub_check.ipynb #e55480e1
+# %% ../nbs/09_hub_check.ipynb #78fd193a
 NEEDED = ("artifact.metadata", "config.json", "tokenizer.json", "tokenizer_config.json")
-OPTIONAL = ("README.md", "added_tokens.json", "merges.txt", "sentencepiece.bpe.model", "special_tokens_map.json", "spiece.model",
+OPTIONAL = ("1_Dense/config.json", "1_Dense/model.safetensors", "README.md", "added_tokens.json", "config_sentence_transformers.json",
+            "merges.txt", "modules.json", "sentencepiece.bpe.model", "special_tokens_map.json", "spiece.model",
             "tokenizer.model", "vocab.json", "vocab.txt")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PART = re.compile(r"model[\w-]*\.safetensors")  # no folder, no dot in front
@@ -86,7 +87,7 @@ def hub_files(
         log.info("not part of the checkpoint, stays here: %s", ", ".join(stays))
     return [HubFile.of(name, folder / name) for name in names]
 
-# %% ../nbs/09_hub_check.ipynb #ce4c777b
+# %% ../nbs/09_hub_check.ipynb #6a4ce34d
 def file_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     "The tensors in the safetensors files and their shapes, from the headers alone. Raises ValueError for a damaged file."
     shapes = {}
@@ -119,7 +120,7 @@ def broken_tensors(folder: Path) -> list[str]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    return [folder / name for name in allowed_files(folder) if name.endswith(".safetensors")]
+    return [folder / name for name in allowed_files(folder) if PART.fullmatch(name)]
 
 # %% ../nbs/09_hub_check.ipynb #20ce1642
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
@@ -134,7 +135,7 @@ def private_keys(content, name: str = "") -> list[str]:
         return [key for i, v in enumerate(content) for key in private_keys(v, f"{name}.{i}")]
     return [name] if isinstance(content, str) and LOCAL.fullmatch(content) else []
 
-# %% ../nbs/09_hub_check.ipynb #b8d89d40
+# %% ../nbs/09_hub_check.ipynb #e06903c2
 def find_problems(
     folder: Path,  # a checkpoint
 ) -> list[Exception]:  # none where it can be published
@@ -151,7 +152,7 @@ def find_problems(
         if not (folder / name).is_file():
             problems.append(ValueError(f"expected a file {name}, got none"))
     names = attempt(allowed_files, folder) or []
-    weighed = any(name.endswith(".safetensors") for name in names)
+    weighed = any(PART.fullmatch(name) for name in names)
     if names and not weighed:
         pickle = next(folder.glob("pytorch_model*.bin"), None)
         problems.append(ValueError(f"expected weights in {WEIGHTS}, got " + (
@@ -167,6 +168,14 @@ def find_problems(
         for name, shape in (attempt(expected_shapes, config, settings["dim"]) or {}).items():
             if held.get(name) != shape:
                 problems.append(ValueError(f"expected {name} of shape {shape}, as the settings say, got {held.get(name, 'none')}"))
+    for _, part in attempt(read_modules, folder) or []:
+        if part and f"{part}/model.safetensors" not in names:
+            problems.append(ValueError(f"expected {part}/model.safetensors, which modules.json names, got none; load the model and save it again"))
+        elif part and held and "linear.weight" in held:
+            repeated, own = (attempt(read_projection, place, held["linear.weight"]) for place in (folder / part, folder))
+            if repeated is not None and own is not None and not torch.equal(repeated, own):
+                problems.append(ValueError(f"expected linear.weight in {part} to be the checkpoint's own, got another; load the model and "
+                                           "save it again"))
     tokenizer = attempt(load_tokenizer, folder, config) if config and "tokenizer.json" in names else None
     for marker in ("query_token_id", "doc_token_id") if tokenizer and settings else ():
         if settings[marker] not in tokenizer.get_vocab():

@@ -6,7 +6,7 @@
 __all__ = ['log', 'RUN_FILE', 'LOG_FILE', 'BEST', 'STATE', 'LEFTOVER', 'checkpoints', 'read_log', 'cut_log', 'last_good', 'told',
            'load_weights', 'copy_best', 'check_output', 'open_run', 'plot_log']
 
-# %% ../nbs/07_training_folder.ipynb #98ff3afb
+# %% ../nbs/07_training_folder.ipynb #4e4f9e9b
 import errno
 import json
 import logging
@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .encoder import ColBERT
+from .encoder_files import CHECKPOINT_FILES
 from .files import whole_file, whole_folder
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ def cut_log(run: Path, step: int) -> None:
     with whole_file(run / LOG_FILE) as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
 
-# %% ../nbs/07_training_folder.ipynb #c12e5f73
+# %% ../nbs/07_training_folder.ipynb #e1933835
 def last_good(run: Path) -> str:
     "Where a run can be gone on from, in words."
     last = list(checkpoints(run).values())
@@ -103,6 +104,8 @@ def copy_best(run: Path, step: int) -> None:
         for file in checkpoints(run)[step].iterdir():
             if file.is_file():
                 shutil.copy(file, new)
+            elif file.name in CHECKPOINT_FILES:
+                shutil.copytree(file, new / file.name)
 
 # %% ../nbs/07_training_folder.ipynb #f89a707d
 def check_output(run: Path, *, resume: bool = False, overwrite: bool = False) -> tuple[list[str], dict | None]:

@@ -51,7 +51,7 @@ def mine_triples(
     triples[:, 0] = asked[triples[:, 0]]
     return triples
 
-# %% ../nbs/07_training_remine.ipynb #9beb0d23
+# %% ../nbs/07_training_remine.ipynb #6bc5d705
 def train_with_own_negatives(
     model: ColBERT,  # holds the last round's best weights afterwards
     data: TrainingData | str | Path,  # or the folder that `colbert_nb.data` wrote; its triples are those of the first round
@@ -116,8 +116,7 @@ def train_with_own_negatives(
 
     def finish() -> None:
         with whole_folder(run / BEST) as new:
-            for file in sorted(best.iterdir()):
-                shutil.copyfile(file, new / file.name)
+            shutil.copytree(best, new, dirs_exist_ok=True)
 
     on_rank_0(finish)
     return run / BEST

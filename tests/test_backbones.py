@@ -99,6 +99,10 @@ def fresh(folder, **options):
     return load(folder, **{**dict(dim=16, query_maxlen=8, doc_maxlen=16), **options})
 
 
+def contents(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
 def same(xs, ys, atol=0.0):
     assert len(xs) == len(ys)
     for x, y in zip(xs, ys):
@@ -127,7 +131,7 @@ def test_ten_steps_save_load_and_the_same_vectors(folders, family, tmp_path, cap
     same(again.encode_queries(QUERIES), model.encode_queries(QUERIES))
     same(again.encode_documents(DOCUMENTS), model.encode_documents(DOCUMENTS))
     third = again.save_pretrained(tmp_path / "third")
-    assert {p.name: p.read_bytes() for p in third.iterdir()} == {name: (best / name).read_bytes() for name in (p.name for p in third.iterdir())}
+    assert contents(third).items() <= contents(best).items()
 
 
 def test_ids_are_first_token_marker_text_last_token(folders, family):
@@ -186,8 +190,7 @@ def test_texts_as_long_as_the_positions(folders, family):
 
 def test_added_markers_are_the_same_twice(folders, tmp_path):
     saved = [fresh(folders["roberta"]).save_pretrained(tmp_path / name) for name in "ab"]
-    for file in saved[0].iterdir():
-        assert file.read_bytes() == (saved[1] / file.name).read_bytes()
+    assert contents(saved[0]) == contents(saved[1])
     assert json.loads((saved[0] / "artifact.metadata").read_text())["query_token_id"] == "[unused0]"
 
 

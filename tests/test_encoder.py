@@ -98,7 +98,8 @@ def test_saved_files_name_no_path_and_no_host(checkpoint):
         for word in (str(checkpoint.parent), os.getcwd(), os.uname().nodename + '"'):
             assert word.encode() not in content, (name, word)
         if name not in (WEIGHTS, "tokenizer.json"):
-            assert not {"is_local", "name_or_path", "_name_or_path", "root", "checkpoint", "meta"} & set(json.loads(content)), name
+            assert not {"is_local", "name_or_path", "_name_or_path", "checkpoint", "meta"} & set(json.loads(content)), name
+            assert json.loads(content).get("root", "experiments") == "experiments", name
 
 
 def test_tokenizer_is_saved_uncut_and_left_as_it_was(plain, tmp_path):
