@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from .encoder_files import (CHECKPOINT_FILES, check_encoder, load_backbone, load_tokenizer, locate_model,
                                       read_projection, replace_folder, write_checkpoint)
-from .encoder_foreign import foreign_markers, read_foreign
+from .encoder_foreign import foreign_markers, foreign_skiplist, read_foreign
 from .encoder_markers import add_markers, can_expand, grow_embeddings
 from .encoder_settings import (OWN_SETTINGS, SETTINGS, colbert_config, encoder_folder, is_colbert_checkpoint,
                                          is_other_late_interaction, is_own_checkpoint, read_metadata)
@@ -205,6 +205,8 @@ class ColBERT(nn.Module):
         encoder_config = check_encoder(folder, **sizes, trust_remote_code=trust_remote_code)
         words = load_tokenizer(folder, encoder_config, trust_remote_code=trust_remote_code)
         config = colbert_config(**{**settings, **(foreign_markers(words, foreign) if foreign else {})})
+        if foreign:
+            own["skiplist_words"] = foreign_skiplist(words, foreign)
         added = [] if trained else add_markers(words, (config.query_token_id, config.doc_token_id))
         own["query_expansion"] = can_expand(words, own["query_expansion"], needed=trained or bool(query_expansion))
         tokenizer = ColBERTTokenizer(

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['log', 'fold_dense', 'Foreign', 'optional', 'foreign_settings', 'longest_text', 'foreign_markers', 'read_foreign',
-           'stored_settings', 'convert_dnn']
+           'stored_settings', 'foreign_skiplist', 'convert_dnn']
 
-# %% ../nbs/03_encoder_foreign.ipynb #09c84fe7
+# %% ../nbs/03_encoder_foreign.ipynb #337d84b9
 import logging
 import shutil
 import string
@@ -22,6 +22,7 @@ from .encoder_files import check_encoder, load_tokenizer, max_positions, weight_
 from .encoder_settings import (encoder_folder, is_colbert_checkpoint, is_other_late_interaction, read_json, read_metadata,
                                          read_modules, write_json)
 from .files import whole_folder
+from .tokenization import punctuation_ids
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def fold_dense(
         weight = layer @ weight
     return weight.float()
 
-# %% ../nbs/03_encoder_foreign.ipynb #d8250430
+# %% ../nbs/03_encoder_foreign.ipynb #e1e5cd85
 class Foreign(NamedTuple):
     "A late-interaction model of another library."
     format: str         # "PyLate's format" or "sentence-transformers' format"
@@ -86,7 +87,7 @@ def foreign_settings(
     if "MultiVectorMask" not in kinds:  # PyLate: masks and unit length are in its code
         if any(prompts[kind] for kind in ("query", "document")):
             raise ValueError(f"expected no prompts beside the prefixes in {str(folder)!r}, got {prompts}; put them into your texts")
-        words = string.punctuation if top.get("skiplist_words") is None else top["skiplist_words"]
+        words = list(string.punctuation) if top.get("skiplist_words") is None else top["skiplist_words"]
         found = {"query_token_id": top.get("query_prefix", "[Q] "), "doc_token_id": top.get("document_prefix", "[D] "),
                  "query_maxlen": top.get("query_length") or 32, "doc_maxlen": top.get("document_length") or 180,
                  "query_expansion": top.get("do_query_expansion") is not False,
@@ -106,11 +107,10 @@ def foreign_settings(
                  "query_maxlen": expansion.get("length") or own.get("query_length") or longest,
                  "doc_maxlen": own.get("document_length") or longest, "query_expansion": bool(expansion),
                  "attend_to_mask_tokens": bool(expansion.get("attend")), "expansion_token": expansion.get("token")}
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise ValueError(f"expected skiplist_words to be a list of strings in {str(folder)!r}, got {words!r:.80}; the folder is damaged")
     found["mask_punctuation"] = given.get("mask_punctuation", bool(words))
-    if words and set(words) != set(string.punctuation) and "mask_punctuation" not in given:
-        raise ValueError(f"expected the skiplist of {str(folder)!r} to be ASCII punctuation or empty, got {len(words)} words, "
-                         f"{list(words)[:5]} first; choose with mask_punctuation=True or False")
-    return {**found, "skip_punctuation_before_encoding": False}
+    return {**found, "skiplist_words": words, "skip_punctuation_before_encoding": False}
 
 
 def longest_text(encoder: Path, own: dict) -> int:
@@ -119,7 +119,7 @@ def longest_text(encoder: Path, own: dict) -> int:
               max_positions(check_encoder(encoder)))
     return int(min((limit for limit in limits if limit), default=512))
 
-# %% ../nbs/03_encoder_foreign.ipynb #cbd956e4
+# %% ../nbs/03_encoder_foreign.ipynb #ed71c155
 def foreign_markers(
     tokenizer,  # of the same folder
     foreign: Foreign,
@@ -142,12 +142,6 @@ def foreign_markers(
     if foreign.fill not in (None, tokenizer.mask_token):
         raise ValueError(f"expected queries filled up with the mask token {tokenizer.mask_token!r}, got {foreign.fill!r}; "
                          "load with query_expansion=False")
-    if foreign.settings["mask_punctuation"]:
-        named = {known.get(symbol) for symbol in string.punctuation} - {None}
-        ours = {ids[0] for ids in tokenizer(list(string.punctuation), add_special_tokens=False)["input_ids"]}
-        if named != ours:
-            log.warning("the other library leaves %d ids of punctuation out of the score, colbert-ai's rule here %d: documents keep "
-                        "other vectors of punctuation", len(named), len(ours))
     return found
 
 
@@ -171,7 +165,23 @@ def stored_settings(folder: Path) -> dict | None:
     "Settings of a late-interaction folder of any format; None for a plain encoder. No weights are read."
     if is_colbert_checkpoint(folder):
         return read_metadata(folder)
-    return foreign_settings(folder, {"mask_punctuation": True}) if is_other_late_interaction(folder) else None
+    return foreign_settings(folder, {}) if is_other_late_interaction(folder) else None
+
+# %% ../nbs/03_encoder_foreign.ipynb #7e219991
+def foreign_skiplist(
+    tokenizer,  # of the same folder
+    foreign: Foreign,
+) -> list[str] | None:  # tokens whose vectors documents lose; None where colbert-ai's rule gives the same
+    "The tokens that the other library leaves out of documents."
+    words, known = foreign.settings["skiplist_words"], tokenizer.get_vocab()
+    if not words or not foreign.settings["mask_punctuation"]:
+        return None
+    named = [word for word in words if word in known]
+    if len(named) < len(words) and tokenizer.unk_token and foreign.format.startswith("PyLate"):
+        log.warning("%r is not in the vocabulary, so that PyLate leaves unknown tokens out of documents; this is kept",
+                    next(word for word in words if word not in known))
+        named.append(tokenizer.unk_token)
+    return None if {known[word] for word in named} == punctuation_ids(tokenizer) else named
 
 # %% ../nbs/03_encoder_foreign.ipynb #703f8596
 def convert_dnn(

@@ -6,7 +6,7 @@
 __all__ = ['SETTINGS', 'OWN_SETTINGS', 'read_json', 'write_json', 'import_colbert_ai', 'colbert_config', 'read_metadata',
            'is_colbert_checkpoint', 'is_own_checkpoint', 'is_other_late_interaction', 'read_modules', 'encoder_folder']
 
-# %% ../nbs/03_encoder_settings.ipynb #d60fc044
+# %% ../nbs/03_encoder_settings.ipynb #bf1a721a
 import io
 import json
 import logging
@@ -37,14 +37,14 @@ def write_json(path: Path, content: dict) -> None:
     "Writes sorted JSON."
     path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
-# %% ../nbs/03_encoder_settings.ipynb #185fb715
+# %% ../nbs/03_encoder_settings.ipynb #396c0a44
 SETTINGS = ("dim", "query_maxlen", "doc_maxlen", "mask_punctuation", "attend_to_mask_tokens", "similarity",
             "interaction", "query_token_id", "doc_token_id", "query_token", "doc_token", "bsize", "accumsteps",
             "lr", "maxsteps", "warmup", "relu", "nway", "use_ib_negatives", "distillation_alpha", "ignore_scores",
             "nbits")
-OWN_SETTINGS = {"query_expansion": True, "skip_punctuation_before_encoding": False}
+OWN_SETTINGS = {"query_expansion": True, "skip_punctuation_before_encoding": False, "skiplist_words": None}
 
-# %% ../nbs/03_encoder_settings.ipynb #0448c5ee
+# %% ../nbs/03_encoder_settings.ipynb #0fa8eb91
 def import_colbert_ai():
     "Imports colbert-ai and leaves the process as it was: it prints, wants git, and changes how processes are started."
     if "colbert" in sys.modules:

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import made_data
 from torch import nn
-from transformers import AutoTokenizer, BertConfig, BertModel
+from test_backbones import make
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
 from colbert_nb.corpus import minilm_path
 from colbert_nb.encoder import ColBERT
@@ -137,7 +138,6 @@ def refused(folder, message, **options):
 
 @pytest.mark.parametrize("options, message", [
     (dict(prompts=("query: ", "")), "'query: ', which is text"),
-    (dict(words=["the"]), "choose with mask_punctuation"),
     (dict(query_expansion={"strategy": "fixed", "length": 8, "token": "[SEP]"}), "mask token"),
 ])
 def test_what_has_no_place_here(plain, tmp_path, options, message):
@@ -145,9 +145,21 @@ def test_what_has_no_place_here(plain, tmp_path, options, message):
     refused(tmp_path / "mve", message)
 
 
-def test_a_skiplist_of_words_can_be_given_up(plain, tmp_path):
-    multi_vector(plain, tmp_path / "mve", words=["the"])
-    assert not load(tmp_path / "mve", mask_punctuation=False).tokenizer.mask_punctuation
+def test_a_skiplist_of_words_is_kept_or_given_up(plain, tmp_path):
+    theirs = multi_vector(plain, tmp_path / "mve", words=["many", "no such word", "!"])
+    ours = load(tmp_path / "mve")
+    same_model(theirs, ours)
+    assert ours.tokenizer.skiplist_words == ["many", "!"]
+    again = load(ours.save_pretrained(tmp_path / "ours"))
+    same(again.encode_documents(DOCUMENTS), ours.encode_documents(DOCUMENTS), atol=0)
+    without = load(tmp_path / "mve", mask_punctuation=False).tokenizer
+    assert not without.mask_punctuation and without.skiplist_words is None and not len(without.skiplist)
+
+
+def test_nothing_is_stored_where_the_rules_agree(plain, tmp_path):
+    multi_vector(plain, tmp_path / "mve", **MARKED)
+    stored = json.loads((load(tmp_path / "mve").save_pretrained(tmp_path / "ours") / "artifact.metadata").read_text())
+    assert stored["skiplist_words"] is None and stored["mask_punctuation"] is True
 
 
 def test_a_floor_for_queries_is_warned_of(plain, tmp_path, caplog):
@@ -168,6 +180,7 @@ def test_a_floor_for_queries_is_warned_of(plain, tmp_path, caplog):
     (lambda f: (f / "modules.json").write_text('[{"type": "MultiVectorX", "path": "/etc"}]'), "lies elsewhere"),
     (lambda f: (f / "modules.json").write_text((f / "modules.json").read_text().replace("normalize.Normalize", "pool.TokenPooling")), "TokenPooling"),
     (lambda f: edit(f / "2_MultiVectorMask/config.json", keep_only_token_ids=[5]), "leaves words"),
+    (lambda f: edit(f / "2_MultiVectorMask/config.json", skiplist_words=[1]), "list of strings"),
     (lambda f: edit(f / "sentence_bert_config.json", do_lower_case=True), "do_lower_case"),
 ])
 def test_damage_is_refused_by_name(plain, tmp_path, damage, message):
@@ -184,7 +197,7 @@ def pylate_folder(plain, folder, prefixes=("[Q] ", "[D] "), dims=(64, 16), **set
     tokenizer.add_tokens([prefix for prefix in prefixes if prefix])
     tokenizer.pad_token = tokenizer.mask_token
     torch.manual_seed(2)
-    body = BertModel.from_pretrained(plain)
+    body = AutoModel.from_pretrained(plain)
     body.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     body.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -208,7 +221,7 @@ def pylate_folder(plain, folder, prefixes=("[Q] ", "[D] "), dims=(64, 16), **set
 def as_pylate(folder, texts, query):
     "PyLate's `tokenize` and `encode`, for one text at a time."
     top = json.loads((folder / "config_sentence_transformers.json").read_text())
-    tokenizer, body = AutoTokenizer.from_pretrained(folder), BertModel.from_pretrained(folder).eval()
+    tokenizer, body = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
     prefix = tokenizer.convert_tokens_to_ids(top["query_prefix" if query else "document_prefix"])
     length = top["query_length" if query else "document_length"]
     fill = query and top["do_query_expansion"]
@@ -248,6 +261,69 @@ def test_sentence_transformers_reads_pylate_as_we_do(plain, tmp_path):
     (tmp_path / "pylate").mkdir()
     folder = pylate_folder(plain, tmp_path / "pylate", prefixes=("[unused0]", "[unused1]"))
     same_model(MultiVectorEncoder(str(folder), device="cpu"), load(folder))
+
+
+# vocabularies of pieces, in which the libraries mean other tokens by punctuation
+
+PIECES = ["word1, word2!", "... (word3) word4.", "word5; " * 80, "", "Größe: über 東京", "a - b / c"]
+
+
+@pytest.fixture(params=["xlm-roberta", "deberta-v2"], scope="module")
+def pieces(request, tmp_path_factory):
+    return make(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def by_first_piece(folder):
+    "Vectors of the checkpoint as colbert-ai reads it."
+    edit(folder / "artifact.metadata", skiplist_words=None)
+    return load(folder).encode_documents(PIECES)
+
+
+def kept_through_saving(ours, folder):
+    again = load(ours.save_pretrained(folder))
+    same(again.encode_documents(PIECES), ours.encode_documents(PIECES), atol=0)
+    assert [len(v) for v in by_first_piece(folder)] != [len(v) for v in ours.encode_documents(PIECES)]
+
+
+def test_pieces_of_sentence_transformers(pieces, tmp_path, caplog):
+    theirs = multi_vector(pieces, tmp_path / "mve", dims=(32, 16), words=string.punctuation, document_length=30, query_length=20)
+    ours = load(tmp_path / "mve")
+    assert "punctuation" not in caplog.text
+    same(theirs.encode_document(PIECES), ours.encode_documents(PIECES))
+    same(theirs.encode_query(PIECES), ours.encode_queries(PIECES))
+    kept_through_saving(ours, tmp_path / "ours")
+
+
+def test_sentence_transformers_skips_the_same_when_it_reads_ours(pieces, tmp_path):
+    from sentence_transformers import MultiVectorEncoder
+    multi_vector(marked_copy(pieces, tmp_path / "marked"), tmp_path / "mve", dims=(32, 16), **MARKED, document_length=30)
+    ours = load(tmp_path / "mve")
+    back = MultiVectorEncoder(str(ours.save_pretrained(tmp_path / "ours")), device="cpu")
+    masks = [module for module in back if hasattr(module, "skiplist_words")]
+    assert [sorted(mask._skiplist_ids.tolist()) for mask in masks] == [ours.tokenizer.skiplist.tolist()]
+
+
+def marked_copy(pieces, folder):
+    "The encoder with markers in its vocabulary."
+    tokenizer, body = AutoTokenizer.from_pretrained(pieces), AutoModel.from_pretrained(pieces)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[unused0]", "[unused1]"]})
+    body.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    body.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("words", [list(string.punctuation), [",", "!", "\u2581"]])
+def test_pieces_of_pylate(pieces, tmp_path, words):
+    "The tokenizer lacks some symbols, and for these PyLate leaves unknown tokens out."
+    (tmp_path / "pylate").mkdir()
+    folder = pylate_folder(pieces, tmp_path / "pylate", dims=(32, 16), skiplist_words=words)
+    ours = load(folder)
+    same(as_pylate(folder, PIECES, False), ours.encode_documents(PIECES))
+    same(as_pylate(folder, PIECES, True), ours.encode_queries(PIECES))
+    unknown = ours.tokenizer.tokenizer.unk_token
+    assert (unknown in ours.tokenizer.skiplist_words) == any(word not in ours.tokenizer.tokenizer.get_vocab() for word in words)
+    kept_through_saving(ours, tmp_path / "ours")
 
 
 def test_pylate_settings_that_are_left_out(plain, tmp_path):

@@ -201,6 +201,12 @@ def test_symbols_of_two_pieces_are_skipped_whole():
     kept = lambda batch: batch.input_ids[0][batch.keep[0]].tolist()
     assert kept(ColBERTTokenizer(marking).documents(["a, a"])) == [1, 6, 9, 8, 9, 2]
     assert kept(ColBERTTokenizer(marking, skip_punctuation_before_encoding=True).documents(["a, a"])) == [1, 6, 9, 9, 2]
+    assert kept(ColBERTTokenizer(marking, skiplist_words=[","]).documents(["a, a"])) == [1, 6, 7, 9, 7, 9, 2]
+    assert kept(ColBERTTokenizer(marking, skiplist_words=("a",)).documents(["a, a"])) == [1, 6, 7, 8, 7, 2]
+    assert kept(ColBERTTokenizer(marking, skiplist_words=[]).documents(["a, a"])) == [1, 6, 7, 9, 8, 7, 9, 2]
+    assert kept(ColBERTTokenizer(marking, skiplist_words=[","], mask_punctuation=False).documents(["a, a"])) == [1, 6, 7, 9, 8, 7, 9, 2]
+    vespa = ColBERTTokenizer(marking, skip_punctuation_before_encoding=True, skiplist_words=["a"])
+    assert kept(vespa.documents(["a, a"])) == [1, 6, 9, 9, 2]
 
 
 def test_a_tokenizer_without_mask_serves_without_expansion():
@@ -222,6 +228,8 @@ def test_a_tokenizer_without_padding_is_refused():
     (dict(doc_maxlen=-5), "doc_maxlen: expected"), (dict(query_maxlen=32.0), "query_maxlen: expected .* got 32.0"),
     (dict(query_maxlen="32"), "query_maxlen: expected"), (dict(doc_maxlen=True), "doc_maxlen: expected"), (dict(doc_maxlen=None), "doc_maxlen"),
     (dict(mask_punctuation=False, skip_punctuation_before_encoding=True), "mask_punctuation=True with skip_punctuation"),
+    (dict(skiplist_words="!,"), "expected a list of tokens or None"), (dict(skiplist_words=[",", 5]), "expected a list of tokens"),
+    (dict(skiplist_words=[",", "never seen"]), "vocabulary, got 'never seen'"),
     (dict(query_token_id="[Q]"), r"got '\[Q\]'"), (dict(doc_token_id="never seen"), "got 'never seen'")])
 def test_bad_settings(chosen, message):
     with pytest.raises(ValueError, match=message):
