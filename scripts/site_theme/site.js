@@ -3,7 +3,7 @@ const root = document.documentElement.dataset.root;
 const find = id => document.getElementById(id);
 
 // light and dark: as the system has it until the switch is used
-const themeButton = find("theme-button"), system = matchMedia("(prefers-color-scheme: dark)");
+const themeButton = find("site-theme-button"), system = matchMedia("(prefers-color-scheme: dark)");
 const isDark = () => (document.documentElement.dataset.theme || (system.matches ? "dark" : "light")) === "dark";
 const showTheme = () => themeButton.setAttribute("aria-pressed", isDark());
 themeButton.addEventListener("click", () => {
@@ -15,7 +15,7 @@ system.addEventListener("change", showTheme);
 showTheme();
 
 // the menu of a narrow window
-const menuButton = find("menu-button"), menu = find("menu");
+const menuButton = find("site-menu-button"), menu = find("site-menu");
 const openMenu = open => {
   menuButton.setAttribute("aria-expanded", open);
   menu.classList.toggle("open", open);
@@ -71,7 +71,7 @@ if (inContents.size) {
 }
 
 // search: the index is a script, fetched when it is first needed, so that it works from a folder, too
-const dialog = find("search"), query = find("query"), results = find("results"), status = find("status");
+const dialog = find("site-search"), query = find("site-query"), results = find("site-results"), status = find("site-status");
 let rows, selected = -1;
 const loadIndex = () => new Promise((done, failed) => {
   if (window.siteIndex) return done();
@@ -124,7 +124,7 @@ const search = () => {
   const found = terms.length && rows ? rows.map(row => [score(row, terms), row]).filter(([worth]) => worth)
     .sort((a, b) => b[0] - a[0]) : [];
   results.replaceChildren(...found.slice(0, 30).map(([, row], i) => {
-    const option = Object.assign(document.createElement("li"), { id: `result-${i}`, role: "option" });
+    const option = Object.assign(document.createElement("li"), { id: `site-result-${i}`, role: "option" });
     const link = Object.assign(document.createElement("a"), { href: root + row.address, tabIndex: -1 });
     const title = Object.assign(document.createElement(row.symbol ? "code" : "strong"), {});
     title.append(marked(row.heading, terms));
@@ -147,7 +147,7 @@ const openSearch = async () => {
   try { await loadIndex() } catch (failed) { status.textContent = "The index of the search could not be loaded"; return }
   search();
 };
-find("search-button").addEventListener("click", openSearch);
+find("site-search-button").addEventListener("click", openSearch);
 query.addEventListener("input", search);
 query.addEventListener("keydown", event => {
   if (event.key === "ArrowDown" || event.key === "ArrowUp") { event.preventDefault(); select(selected + (event.key === "ArrowDown" ? 1 : -1)) }
