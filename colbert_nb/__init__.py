@@ -13,15 +13,16 @@ if TYPE_CHECKING:
     from .onnx_runtime import OnnxColBERT
     from .scoring import maxsim, maxsim_pairwise
     from .search import SearchIndex
+    from .search_plaid import PlaidIndex
     from .trainer import RAGTrainer
     from .vespa import export_vespa_application
 
 # where each name lives: it is imported when it is first asked for, so that a part which needs no torch loads none
-_MODULES = {"ColBERT": "encoder", "OnnxColBERT": "onnx_runtime", "RAGTrainer": "trainer", "RetrievalDataset": "corpus", "SearchIndex": "search",
-            "export_to_huggingface_hub": "hub", "export_to_vespa_onnx": "onnx", "export_vespa_application": "vespa",
+_MODULES = {"ColBERT": "encoder", "OnnxColBERT": "onnx_runtime", "PlaidIndex": "search_plaid", "RAGTrainer": "trainer",
+            "RetrievalDataset": "corpus", "SearchIndex": "search", "export_to_huggingface_hub": "hub", "export_to_vespa_onnx": "onnx", "export_vespa_application": "vespa",
             "maxsim": "scoring", "maxsim_pairwise": "scoring"}
 
-__all__ = ["ColBERT", "OnnxColBERT", "RAGTrainer", "RetrievalDataset", "SearchIndex", "export_to_huggingface_hub", "export_to_vespa_onnx",
+__all__ = ["ColBERT", "OnnxColBERT", "PlaidIndex", "RAGTrainer", "RetrievalDataset", "SearchIndex", "export_to_huggingface_hub", "export_to_vespa_onnx",
            "export_vespa_application", "maxsim", "maxsim_pairwise", "__version__"]
 
 

@@ -46,7 +46,6 @@ def copied(notebook: str, tmp_path: Path, parameters: dict | None = None) -> Pat
 SMALL = {"first_colbert": {"packages": ["numpy"], "n_test": 40, "n_validation": 12, "maxsteps": 2, "doc_maxlen": 16},
          "from_ragatouille": {"n_test": 30, "maxsteps": 2, "doc_maxlen": 16},
          "several_gpus": {},
-         "distillation": {"packages": ["numpy"], "n_test": 30, "n_train": 40, "teacher_steps": 2, "doc_maxlen": 16},
          "vespa": {"n_test": 20, "n_passages": 40, "maxsteps": 2, "doc_maxlen": 16},
          "your_own_data": {"n_modules": 11, "n_test": 40, "n_validation": 12, "maxsteps": 2, "doc_maxlen": 16}}
 
