@@ -42,7 +42,8 @@ def copied(notebook: str, tmp_path: Path, parameters: dict | None = None) -> Pat
     return path
 
 
-SMALL = {"first_colbert": {"packages": ["numpy"], "n_test": 40, "n_validation": 12, "maxsteps": 2, "doc_maxlen": 16}}
+SMALL = {"first_colbert": {"packages": ["numpy"], "n_test": 40, "n_validation": 12, "maxsteps": 2, "doc_maxlen": 16},
+         "another_language": {"n_pairs": 600, "n_test": 40, "n_validation": 12, "vocab_size": 800, "maxsteps": 2}}
 
 
 @pytest.mark.timeout(LIMIT + 30)
