@@ -122,6 +122,7 @@ def write_start(
     "The checkpoint to start from, its dropout rates changed where that is wanted. Raises ValueError for a model that colbert-ai cannot train."
     wanted = {"query_expansion": (model.query_expansion, True), "mask_punctuation": (model.config.mask_punctuation, True),
               "skip_punctuation_before_encoding": (model.tokenizer.skip_punctuation_before_encoding, False),
+              "skiplist_words": (model.tokenizer.skiplist_words, None),
               "dtype": (model.linear.weight.dtype, torch.float32), "auto_map": (getattr(model.encoder.config, "auto_map", None), None)}
     for name, (value, wanted) in wanted.items():
         if value != wanted:

@@ -58,7 +58,7 @@ def is_plain(model: ColBERT) -> bool:
 
 NOT_SETTINGS = ("resume", "overwrite", "keep", "callbacks", "progress", "tokenize_ahead", "keep_memory")
 TOKENIZER_SETTINGS = ("query_maxlen", "doc_maxlen", "mask_punctuation", "attend_to_mask_tokens", "query_expansion",
-                      "skip_punctuation_before_encoding")
+                      "skiplist_words", "skip_punctuation_before_encoding")
 
 
 def train_colbert(

@@ -47,6 +47,7 @@ SMALL = {"first_colbert": {"packages": ["numpy"], "n_test": 40, "n_validation": 
          "from_ragatouille": {"n_test": 30, "maxsteps": 2, "doc_maxlen": 16},
          "several_gpus": {},
          "vespa": {"n_test": 20, "n_passages": 40, "maxsteps": 2, "doc_maxlen": 16},
+         "another_language": {"n_pairs": 600, "n_test": 40, "n_validation": 12, "vocab_size": 800, "maxsteps": 2},
          "your_own_data": {"n_modules": 11, "n_test": 40, "n_validation": 12, "maxsteps": 2, "doc_maxlen": 16}}
 
 
