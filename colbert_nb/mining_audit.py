@@ -92,7 +92,7 @@ def audit_rules(
     frame = pd.DataFrame.from_dict(table, orient="index", columns=["dropped", "share", "queries", "alone"])
     return frame.astype({"alone": "Int64"}).rename_axis("rule")
 
-# %% ../nbs/06_mining_audit.ipynb #953834c2
+# %% ../nbs/06_mining_audit.ipynb #a26d23bf
 def _weakest(verdict: Verdict) -> np.ndarray | None:
     "Score of each query's weakest positive: what the margins asked, else from `pair_scores`, else unknown."
     if verdict.weakest is None and verdict.inputs["pair_scores"] is not None:
@@ -132,7 +132,7 @@ def audit_suspects(
     return table.assign(query_text=[queries[q] for q in table["query"]], text=[corpus[p] for p in table["passage"]],
                         positive_text=[corpus[known[q]] if q in known else "" for q in table["query"]]).reset_index(drop=True)
 
-# %% ../nbs/06_mining_audit.ipynb #0ffe0cf9
+# %% ../nbs/06_mining_audit.ipynb #75a78c8a
 def usual_changes(verdict: Verdict) -> dict[str, dict]:  # label -> settings to change
     "Each rule that is on taken off, and common settings of those that are off, where their input was given."
     rules, inputs = verdict.rules, verdict.inputs
@@ -167,7 +167,7 @@ def audit_changes(
     columns = ["candidates", "short", "below", "negatives", "score", "new", "above"]
     return pd.DataFrame.from_dict(table, orient="index", columns=columns).astype({"above": "Int64"}).rename_axis("change")
 
-# %% ../nbs/06_mining_audit.ipynb #0e236800
+# %% ../nbs/06_mining_audit.ipynb #dcc052ec
 @dataclass(frozen=True)
 class Audit:
     "The tables of an audit, each a DataFrame, and their picture."
