@@ -169,7 +169,7 @@ def test_the_onnx_file_goes_with_it(hub, checkpoint, tmp_path, monkeypatch, use_
 # What goes
 JUNK = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "training_args.bin", "log.jsonl", "events.out.tfevents.1",
         "page.ipynb", ".env", ".git/config", ".ipynb_checkpoints/config.json", "checkpoint-5/model.safetensors", "checkpoint-5/optimizer.pt",
-        "data/triples.jsonl", "corpus.train.colbert.tsv", "train.py", "model.safetensors.bak", "pytorch_model.bin", "1_Dense/config.json")
+        "data/triples.jsonl", "corpus.train.colbert.tsv", "train.py", "model.safetensors.bak", "pytorch_model.bin", "1_Pooling/config.json")
 
 
 @pytest.mark.parametrize("use_tmp_dir", [False, True])
