@@ -53,7 +53,7 @@ def run(path: Path) -> None:
             cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
     nbformat.write(nb, path)
     cleaned = read_nb(path)
-    clean_nb(cleaned)
+    clean_nb(cleaned, allowed_cell_metadata_keys=["tags"])  # as settings.ini allows
     write_nb(cleaned, path)
     log.info("%s: %.0f s", path.name, time.perf_counter() - start)
 

@@ -31,11 +31,11 @@ def check(pages: Pages, notebook: Path) -> None:
 def copied(notebook: str, tmp_path: Path, parameters: dict | None = None) -> Path:
     "A copy of the notebook beside a copy of the benchmarks' results; `parameters` replace those of the cell tagged so."
     nb = nbformat.read(ROOT / notebook, as_version=4)
-    for cell in nb.cells if parameters else ():
-        if "parameters" in cell.metadata.get("tags", ()):
-            for name, value in parameters.items():
-                cell.source, found = re.subn(rf"^{name} = .*$", f"{name} = {value!r}", cell.source, flags=re.M)
-                assert found == 1, f"{notebook} has no parameter {name}"
+    tagged = [cell for cell in nb.cells if "parameters" in cell.metadata.get("tags", ())]
+    assert len(tagged) == 1 or not parameters, f"{notebook} needs one cell tagged parameters, and has {len(tagged)}"
+    for name, value in (parameters or {}).items():
+        tagged[0].source, found = re.subn(rf"^{name} = .*$", f"{name} = {value!r}", tagged[0].source, flags=re.M)
+        assert found == 1, f"{notebook} has no parameter {name}"
     path = tmp_path / notebook
     path.parent.mkdir(parents=True)
     nbformat.write(nb, path)
