@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 # where each name lives: it is imported when it is first asked for, so that a part which needs no torch loads none
 _MODULES = {"ColBERT": "encoder", "OnnxColBERT": "onnx_runtime", "PlaidIndex": "search_plaid", "RAGTrainer": "trainer",
-            "RetrievalDataset": "corpus", "SearchIndex": "search", "export_to_huggingface_hub": "hub", "export_to_vespa_onnx": "onnx", "export_vespa_application": "vespa",
-            "maxsim": "scoring", "maxsim_pairwise": "scoring"}
+            "RetrievalDataset": "corpus", "SearchIndex": "search", "export_to_huggingface_hub": "hub", "export_to_vespa_onnx": "onnx",
+            "export_vespa_application": "vespa", "maxsim": "scoring", "maxsim_pairwise": "scoring"}
 
-__all__ = ["ColBERT", "OnnxColBERT", "PlaidIndex", "RAGTrainer", "RetrievalDataset", "SearchIndex", "export_to_huggingface_hub", "export_to_vespa_onnx",
-           "export_vespa_application", "maxsim", "maxsim_pairwise", "__version__"]
+__all__ = ["ColBERT", "OnnxColBERT", "PlaidIndex", "RAGTrainer", "RetrievalDataset", "SearchIndex", "export_to_huggingface_hub",
+           "export_to_vespa_onnx", "export_vespa_application", "maxsim", "maxsim_pairwise", "__version__"]
 
 
 def __getattr__(name: str) -> object:

@@ -195,8 +195,7 @@ def load_models(
         first = next(iter(models.values()), None)
         same = {"init": "pca", "sample": sample} if plain[name] else {}
         if plain[name] and first:
-            same |= {setting: getattr(first.tokenizer, setting) for setting in TOKENIZER_SETTINGS if setting != "skiplist_words"}
-            same["dim"] = first.linear.out_features
+            same |= {setting: getattr(first.tokenizer, setting) for setting in TOKENIZER_SETTINGS} | {"dim": first.linear.out_features}
         models[name] = ColBERT.from_pretrained(name, device=device, **same)
     return {name: models[name] for name in names}
 

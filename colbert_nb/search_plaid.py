@@ -17,7 +17,7 @@ from .files import whole_folder
 from .mining_vectors import texts_key
 from .search import Hit
 from .search_engines import choose_engine
-from .search_files import IndexFiles, in_use
+from .search_files import IndexFiles
 from .search_input import check_ids, check_k, check_rows, model_identity
 from .search_stored import StoredIndex
 
@@ -114,6 +114,10 @@ class PlaidIndex(StoredIndex):
         self._read()
         return self
 
+    def _all_but(self, gone: Sequence[int]) -> list[int]:
+        gone = set(gone)
+        return [p for p in range(len(self._passages.ids)) if p not in gone]
+
     def _fill(self, documents, ids, first, generation, replace, batch_size, slab, show_progress):
         documents = check_rows(documents, "documents")
         ids = check_ids([str(first + row) for row in range(len(documents))] if ids is None else ids, len(documents))
@@ -145,7 +149,7 @@ class PlaidIndex(StoredIndex):
             if old: self.engine.delete(part, old)
             self.engine.add(part, vectors, ends)
 
-        kept = [p for p in range(len(self._passages.ids)) if p not in set(old)] if old else []
+        kept = self._all_but(old) if old else []
         return self._change(run, change, kept, documents, ids, len(documents) + (0 if anew else files.manifest["added"]))
 
     def delete(
@@ -155,17 +159,14 @@ class PlaidIndex(StoredIndex):
         "Take passages out. An id that the index does not have is a `ValueError`, and nothing is deleted."
         if not self.engine.can_add: return super().delete(ids)                       # noted, and left out by every search
         self._ready()
-        ids = check_rows(ids, "ids")
-        if missing := [name for name in ids if name not in self._at]:
-            raise ValueError(f"expected ids that the index has, got {len(missing)} that it has not, the first is {missing[0]!r}; nothing was deleted")
-        gone = sorted({self._at[name] for name in ids})
+        gone = self._places(ids)
         if len(gone) == len(self): raise ValueError("expected an index that keeps a passage, got all of its ids; remove its folder")
         def change(part):
             shutil.copytree(self._folder, part, dirs_exist_ok=True)
             self.engine.delete(part, gone)
 
         run = self._files.begin("delete", self._files.manifest["generation"] + 1)
-        return self._change(run, change, [p for p in range(len(self._passages.ids)) if p not in set(gone)], [], [], self._files.manifest["added"])
+        return self._change(run, change, self._all_but(gone), [], [], self._files.manifest["added"])
 
     def compact(self) -> "PlaidIndex":
         "Nothing to do where nothing is left behind; colbert-ai's index cannot give back the space of deleted passages: a `ValueError`."
@@ -180,10 +181,7 @@ class PlaidIndex(StoredIndex):
     ) -> Path:  # the folder
         "Write a copy, whole or not at all. Raises ValueError where other files are in the way."
         self._ready()
-        path = Path(path).expanduser()
-        if path.resolve() == self.path.resolve():
-            raise ValueError(f"expected another folder than the index's own {str(path)!r}, where it is saved already")
-        if in_use(path): IndexFiles.open(path)
+        path = self._elsewhere(path)
         with whole_folder(path) as folder:
             shutil.copytree(self.path, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("encoding", ".*"))
         return path

@@ -173,17 +173,30 @@ class StoredIndex:
         self._read()
         return self
 
+    def _places(self, ids: Sequence[str]) -> list[int]:
+        "Where the passages stand that are to go, in order."
+        ids = check_rows(ids, "ids")
+        if missing := [name for name in ids if name not in self._at]:
+            raise ValueError(f"expected ids that the index has, got {len(missing)} that it has not, the first is {missing[0]!r}; nothing was deleted")
+        return sorted({self._at[name] for name in ids})
+
+    def _elsewhere(self, path: str | Path, advice: str = "") -> Path:
+        "A folder that the index can be copied to: another than its own, without other files."
+        path = Path(path).expanduser()
+        if path.resolve() == self.path.resolve():
+            raise ValueError(f"expected another folder than the index's own {str(path)!r}, where it is saved already{advice}")
+        if in_use(path): IndexFiles.open(path)
+        return path
+
     def delete(
         self,
         ids: Sequence[str],
     ) -> "StoredIndex":
         "Take passages out; `compact` gives their space back. An id that the index does not have is a `ValueError`, and nothing is deleted."
         self._ready()
-        ids = check_rows(ids, "ids")
-        if missing := [name for name in ids if name not in self._at]:
-            raise ValueError(f"expected ids that the index has, got {len(missing)} that it has not, the first is {missing[0]!r}; nothing was deleted")
+        gone = self._places(ids)
         run = self._files.begin("delete", self._files.manifest["generation"])
-        self._files.append(run, {"deleted": np.array(sorted({self._at[name] for name in ids}), "<i8").tobytes()})
+        self._files.append(run, {"deleted": np.array(gone, "<i8").tobytes()})
         self._files.commit(run)
         self._read()
         return self
@@ -201,10 +214,7 @@ class StoredIndex:
     ) -> Path:  # the folder
         "Write a copy without the deleted passages, whole or not at all. Raises ValueError where other files are in the way."
         self._ready()
-        path = Path(path).expanduser()
-        if path.resolve() == self.path.resolve():
-            raise ValueError(f"expected another folder than the index's own {str(path)!r}, where it is saved already; compact() cleans it up")
-        if in_use(path): IndexFiles.open(path)
+        path = self._elsewhere(path, "; compact() cleans it up")
         about = {name: self._files.manifest[name] for name in ("model", "texts", "added")}
         with whole_folder(path) as folder:
             copy_live(self._passages, IndexFiles.create(folder, self._files.manifest["dim"], about), 0)

@@ -58,7 +58,7 @@ def is_plain(model: ColBERT) -> bool:
 
 NOT_SETTINGS = ("resume", "overwrite", "keep", "callbacks", "progress", "tokenize_ahead", "keep_memory")
 TOKENIZER_SETTINGS = ("query_maxlen", "doc_maxlen", "mask_punctuation", "attend_to_mask_tokens", "query_expansion",
-                      "skiplist_words", "skip_punctuation_before_encoding")
+                      "skip_punctuation_before_encoding")  # those of `ColBERT.from_pretrained`
 
 
 def train_colbert(
@@ -119,7 +119,7 @@ def train_colbert(
                               world_size=processes.world_size, rank=processes.rank)
     collator.check_negatives()
     settings = {k: v for k, v in options.items() if k not in NOT_SETTINGS} | {"dim": model.linear.out_features, "loss": loss.name}
-    settings |= {name: getattr(model.tokenizer, name) for name in TOKENIZER_SETTINGS}
+    settings |= {name: getattr(model.tokenizer, name) for name in (*TOKENIZER_SETTINGS, "skiplist_words")}
     description = {"format": "colbert_nb run", "version": 1, "settings": json.loads(json.dumps(settings, default=str)),
                    "data": {"triples": len(data.triples), "sha256": data.fingerprint()}, "engine": asdict(chosen), "plan": asdict(plan)}
     check_same({part: description[part] for part in ("settings", "data")})

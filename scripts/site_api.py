@@ -93,7 +93,7 @@ class Source:
         return Parameter("", self.part(node.returns), "", self.comments.get(node.returns.end_lineno, ""))
 
 
-def _function(source: Source, module: str, node: ast.FunctionDef, owner: str = "", patched: bool = False) -> Symbol:
+def _function(source: Source, module: str, node: ast.FunctionDef, owner: str = "") -> Symbol:
     marks = [source.part(d) for d in node.decorator_list]
     line, text = source.block(node)
     kind = "property" if any(m.split(".")[-1] in ("property", "cached_property") for m in marks) or "as_prop=True" in str(marks) else "function"

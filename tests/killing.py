@@ -1,7 +1,15 @@
 """How a test kills a process, exactly where it wants to."""
 
+import multiprocessing
 import time
 from pathlib import Path
+
+
+def imported(*modules: str):
+    "A context that starts processes in which these modules are imported already."
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(modules))
+    return context
 
 
 def kill_at(process, flag: Path, seconds: float = 120) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from killing import kill_at
+from killing import imported, kill_at
 from tiny import OPTIONS, difference, fresh, made_data, weights
 from transformers import TrainerCallback
 
@@ -57,9 +57,7 @@ def train_until(place: str, step: int, encoder: Path, run: Path, flag: Path):
 @pytest.fixture(scope="module")
 def processes():
     "Starts processes that have everything imported."
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["colbert_nb.training_run", "tiny"])
-    return context
+    return imported("colbert_nb.training_run", "tiny")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import multiprocessing
 import time
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from killing import kill_at
+from killing import imported, kill_at
 
 from colbert_nb.mining_index import (ExactIndex, VoyagerIndex, choose_index, fingerprint, largest, make_index)
 from colbert_nb.mining_vectors import embed_texts
@@ -171,8 +170,7 @@ def build_until(place: str, saves: int, folder: Path, flag: Path):
 @pytest.mark.parametrize("place, saves", [("adding", 0), ("adding", 2), ("saving", 1), ("saving", 3)])
 def test_killed_build_is_gone_on_with(tmp_path, place, saves, caplog):
     "Killed while it adds vectors or while it writes: the next call ends with the bytes of a build that nobody stopped."
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["colbert_nb.mining_index", "voyager"])
+    context = imported("colbert_nb.mining_index", "voyager")
     folder, flag = tmp_path / "index", tmp_path / "flag"
     process = context.Process(target=build_until, args=(place, saves, folder, flag))
     kill_at(process, flag)

@@ -1,7 +1,6 @@
 """A cache of vectors: processes that are killed, models that fail, files that are damaged, and names that must differ."""
 
 import json
-import multiprocessing
 import time
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from killing import kill_at
+from killing import imported, kill_at
 
 from colbert_nb import mining_vectors
 from colbert_nb.mining_vectors import embed_texts, model_key, texts_key, unit_rows
@@ -76,9 +75,7 @@ def embed_until(place: str, batch: int, cache: Path, flag: Path):
 @pytest.fixture(scope="module")
 def processes():
     "Starts processes that have everything imported."
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["colbert_nb.mining_vectors"])
-    return context
+    return imported("colbert_nb.mining_vectors")
 
 
 @pytest.mark.parametrize("place, batch, kept", [("embedding", 1, 0), ("embedding", 4, 24), ("rows", 1, 0), ("rows", 3, 16),

@@ -1,7 +1,6 @@
 """An index to search with: sequences of changes against a simple model of it, killed processes, damage, other models."""
 
 import json
-import multiprocessing
 import os
 import time
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from killing import kill_at
+from killing import imported, kill_at
 from tiny import WORDS, fresh
 
 from colbert_nb import evaluation, search, search_files
@@ -203,9 +202,7 @@ ENCODED_AGAIN = {("index", "encoding", 4): 40 - 24, ("index", "manifest", 6): 40
 @pytest.fixture(scope="module")
 def processes():
     "Starts processes that have everything imported."
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["colbert_nb.search", "tiny"])
-    return context
+    return imported("colbert_nb.search", "tiny")
 
 
 @pytest.mark.parametrize("what, place, count", [
