@@ -5,8 +5,8 @@
     python benchmarks/search.py CHECKPOINT --only colbert-ai --compile             # its own C++ too, which is compiled for minutes
     python benchmarks/search.py CHECKPOINT --only none                             # prints the stored table
 
-The tutorial's checkpoint, its corpus and its 400 test queries; and, at two bits alone, a made collection of four times as many
-passages, copies whose vectors are moved by noise. The model encodes once; every engine gets the same half-precision vectors, and
+The tutorial's checkpoint, its corpus and its 400 test queries; and, at two bits and with 100 of the queries alone, a made
+collection of four times as many passages, copies whose vectors are moved by noise. The model encodes once; every engine gets the same half-precision vectors, and
 a process of its own. Recall is against exact MaxSim in single precision over the same passages. Latency is that of one query at a
 time on all cores, from its vectors to ids, the median of 100; a build is timed once. Bytes are those on the disk, without ids and
 texts. fast-plaid runs where a Python is named that has it: each of its builds needs one PyTorch exactly. nbs/12_search_plaid.ipynb
@@ -33,6 +33,7 @@ import torch
 HERE = Path(__file__).parent
 OUT = HERE / "results" / "search.json"
 BITS = {"docs": (1, 2, 4), "made": (2,)}
+QUERIES = {"docs": None, "made": 100}  # how many are searched; None: all
 WIDE = {"probes": 8, "candidates": 4096}  # fast-plaid's defaults, for colbert-ai, whose own are fewer
 SYSTEMS = ("exact", "colbert-ai", "fast-plaid")
 LABELS = ("exact", "colbert-ai", "colbert-ai, 8 probes", "colbert-ai in C++", "colbert-ai in C++, 8 probes", "fast-plaid")
@@ -105,7 +106,7 @@ def exact_search(place: Path):
 def work(job: dict) -> list[dict]:
     "One system on one collection: rows of what is measured."
     vectors, ends, Q = load(Path(job["data"]))
-    wanted, place, rows = np.load(Path(job["data"]) / "wanted.npy"), Path(job["place"]), []
+    wanted, place, rows, Q = np.load(Path(job["data"]) / "wanted.npy"), Path(job["place"]), [], Q[: job["queries"]]
     shutil.rmtree(place, ignore_errors=True)
     calls, seconds, size = build(job, vectors, ends, place)
     packages = ("torch", "fast-plaid") if job["system"] == "fast-plaid" else ("torch", "colbert-ai")
@@ -208,7 +209,7 @@ def main() -> None:
                 continue
             for bits in (0,) if system == "exact" else BITS[collection]:
                 job = {"system": system, "bits": bits, "data": str(args.folder / collection), "place": str(args.folder / "index"),
-                       "compile": args.compile}
+                       "compile": args.compile, "queries": QUERIES[collection]}
                 python = args.fast_plaid if system == "fast-plaid" else sys.executable
                 ran = subprocess.run([python, __file__, json.dumps(job), "--worker"], stdout=subprocess.PIPE, text=True, check=True,
                                      env={**os.environ, "PYTHONPATH": str(HERE.parent)})
