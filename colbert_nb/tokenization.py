@@ -33,7 +33,7 @@ def _second(rows: torch.Tensor, value: int) -> torch.Tensor:
     "The rows with a value in second place."
     return torch.cat([rows[:, :1], rows.new_full((len(rows), 1), value), rows[:, 1:]], 1)
 
-# %% ../nbs/01_tokenization.ipynb #83bf2850
+# %% ../nbs/01_tokenization.ipynb #458d82cd
 def _check_texts(texts: Sequence[str]) -> None:
     "Refuse what is not a list of strings that can be written as UTF-8."
     if isinstance(texts, str) or not isinstance(texts, Sequence) or not texts:
@@ -64,7 +64,7 @@ def _check_words(tokenizer, words: Sequence[str] | None) -> list[str] | None:
                          "vocabulary does, such as '▁.' with the mark of a beginning word")
     return list(words)
 
-# %% ../nbs/01_tokenization.ipynb #9cf7c8ed
+# %% ../nbs/01_tokenization.ipynb #f2409758
 def _check_settings(tokenizer, query_maxlen: int, doc_maxlen: int, mask_punctuation: bool, query_expansion: bool, skip_before: bool) -> None:
     "Refuse lengths without room for a word, a tokenizer that lacks what is needed, and settings that contradict each other."
     for name, length in (("query_maxlen", query_maxlen), ("doc_maxlen", doc_maxlen)):
