@@ -6,7 +6,7 @@
 __all__ = ['log', 'DEFAULTS', 'check_texts', 'default_device', 'pca_projection', 'ColBERT', 'is_colbert_checkpoint',
            'check_encoder']
 
-# %% ../nbs/03_encoder.ipynb #0597be8e
+# %% ../nbs/03_encoder.ipynb #48a4b884
 import copy
 import logging
 import random
@@ -75,7 +75,29 @@ def pca_projection(
     largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
     return (directions * largest.sign()).float()
 
-# %% ../nbs/03_encoder.ipynb #5e431a59
+# %% ../nbs/03_encoder.ipynb #a62eef0d
+def _drawn(sample: Sequence[str] | None, seed: int) -> list[str]:
+    "At most 512 passages of a sample. Raises ValueError where there is none."
+    if isinstance(sample, str) or not isinstance(sample, Sequence):
+        sample = check_texts(() if sample is None else sample, "sample passage")
+    if not len(sample):
+        raise ValueError("expected sample=[passages] with init='pca', got none; give some, or init='random'")
+    rows = sorted(random.Random(seed).sample(range(len(sample)), min(512, len(sample))))
+    return check_texts([sample[row] for row in rows], "sample passage")
+
+
+def _new_projection(encoder: nn.Module, tokenizer: ColBERTTokenizer, dim: int, init: str, sample: Sequence[str] | None, seed: int,
+                    name: str | Path) -> Tensor:  # (dim, hidden)
+    "The projection that the plain encoder `name` starts from."
+    if init == "pca":
+        weight = pca_projection(encoder, tokenizer, sample, dim)
+        log.info("from scratch: %s is a plain encoder, new projection: principal directions of %d passages", name, len(sample))
+        return weight
+    spread = getattr(encoder.config, "initializer_range", 0.02)
+    log.info("from scratch: %s is a plain encoder, new projection: random", name)
+    return torch.randn(dim, encoder.config.hidden_size, generator=torch.Generator().manual_seed(seed)) * spread
+
+# %% ../nbs/03_encoder.ipynb #7c93f02b
 class ColBERT(nn.Module):
     "An encoder whose every token gives one unit vector (Khattab and Zaharia 2020, section 3.2)."
     def __init__(
@@ -193,12 +215,7 @@ class ColBERT(nn.Module):
         if stored.get("similarity", "cosine") != "cosine":
             raise ValueError(f"expected similarity 'cosine' in {str(folder)!r}, got {stored['similarity']!r}")
         if init == "pca" and not trained:
-            if isinstance(sample, str) or not isinstance(sample, Sequence):
-                sample = check_texts(() if sample is None else sample, "sample passage")
-            if not len(sample):
-                raise ValueError("expected sample=[passages] with init='pca', got none; give some, or init='random'")
-            drawn = sorted(random.Random(seed).sample(range(len(sample)), min(512, len(sample))))
-            sample = check_texts([sample[i] for i in drawn], "sample passage")
+            sample = _drawn(sample, seed)
         settings = {**stored, **given}
         own = {name: settings.pop(name) for name in OWN_SETTINGS}
         sizes = {k: settings[k] for k in ("dim", "query_maxlen", "doc_maxlen")}
@@ -224,13 +241,8 @@ class ColBERT(nn.Module):
             encoder.config.architectures = ["HF_ColBERT"]
             log.info("fine-tuning: %s is a late-interaction checkpoint of %s, its projection is kept", name_or_path,
                      foreign.format if foreign else "colbert-ai's format")
-        elif init == "pca":
-            weight = pca_projection(encoder, tokenizer, sample, config.dim)
-            log.info("from scratch: %s is a plain encoder, new projection: principal directions of %d passages", name_or_path, len(sample))
         else:
-            spread = getattr(encoder_config, "initializer_range", 0.02)
-            weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * spread
-            log.info("from scratch: %s is a plain encoder, new projection: random", name_or_path)
+            weight = _new_projection(encoder, tokenizer, config.dim, init, sample, seed, name_or_path)
         linear = nn.Linear(*reversed(shape), bias=False, device="meta")
         linear.weight = nn.Parameter(weight.to(encoder.device, encoder.dtype))
         return cls(encoder, linear, tokenizer, config).eval()

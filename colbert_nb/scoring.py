@@ -134,7 +134,16 @@ def _chunks_by_length(
             chunks.append((start, end)); start = end
     return chunks
 
-# %% ../nbs/02_scoring.ipynb #84d27a56
+# %% ../nbs/02_scoring.ipynb #c13c8e62
+def _rows_of(
+    starts: Tensor,  # (n_docs,): where each passage begins in the packed vectors
+    sizes: Tensor,   # (n_docs,): how many vectors it has, 1 or more; sorted upwards
+) -> Tensor:  # (n_docs, longest)
+    "The rows of each passage; a short one repeats its last."
+    column = torch.arange(int(sizes[-1]), device=sizes.device)
+    return starts[:, None] + torch.minimum(column, sizes[:, None] - 1)
+
+# %% ../nbs/02_scoring.ipynb #b0815601
 def maxsim_packed(
     Q: Tensor,                        # (n_queries, query_tokens, dim)
     D: Tensor,                        # (total_tokens, dim): the vectors of all passages one after the other, any float type
@@ -157,8 +166,7 @@ def maxsim_packed(
         mask = keep[q:q + block]
         rows = Q[q:q + block][mask].T                                           # (dim, kept query tokens)
         for a, b in _chunks_by_length(sizes[empty:].tolist(), budget // max(1, rows.shape[1])):
-            size, start, column = sizes[empty:][a:b, None], starts[empty:][a:b, None], torch.arange(int(sizes[empty + b - 1]), device=D.device)
-            at = start + torch.minimum(column, size - 1)                        # a short passage repeats its last vector
+            at = _rows_of(starts[empty:][a:b], sizes[empty:][a:b])              # (passages, longest)
             sim = D[at.flatten()].to(Q.dtype) @ rows                            # (passages * longest, kept query tokens)
             best = sim.new_zeros(b - a, mask.numel())
             best[:, mask.flatten()] = sim.view(*at.shape, rows.shape[1]).amax(1)
