@@ -74,7 +74,7 @@ def group_negatives(
     again = negatives + negatives[:size - 1]
     return [tuple(again[i:i + size]) for i in range(0, len(negatives), size)] if len(negatives) >= size else []
 
-# %% ../nbs/05_data.ipynb #4ea7f93c
+# %% ../nbs/05_data.ipynb #f4c0ed5a
 def _check_count(value: Any, name: str, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}: expected a whole number of {least} or more, got {shown(value)}. Correct it.")
@@ -93,6 +93,7 @@ def _check_negatives(examples: Examples, num_new_negatives: int, nway: int = 2) 
     if short: logger.warning("%d of %d queries have %s and give no triple, the first is %s",
                              len(short), len(queries), had, reprlib.repr(examples.queries[short[0]]))
 
+# %% ../nbs/05_data.ipynb #cc6cd830
 def make_triples(
     examples: Examples,
     *,
@@ -152,7 +153,21 @@ def validation_rows(
         rows.append({"query": examples.queries[query], "positives": positives, "candidates": sorted(positives + others)})
     return rows
 
-# %% ../nbs/05_data.ipynb #d98a808b
+# %% ../nbs/05_data.ipynb #2e64759e
+def _read_both(raw_data: Any, validation_data: Any, all_documents: Any, labels: tuple | None, fraction: float,
+               seed: int) -> tuple[Examples, Examples]:
+    "Training and validation examples over one collection; validation queries that are given must not be trained."
+    corpus: dict[str, int] = {}
+    rows = _read(raw_data, corpus, "raw_data", labels)
+    held = None if validation_data is None else _read(validation_data, corpus, "validation_data", labels)
+    if shared := [text for text in (held or [()])[0] if text in rows[0]]:
+        raise ValueError(f"validation_data: expected queries that raw_data does not hold, got {reprlib.repr(shared[0])} in both "
+                         f"({len(shared)} such queries). Remove them from one.")
+    _add_documents(corpus, all_documents)
+    train = _examples(*rows, list(corpus))
+    return (train, _examples(*held, train.corpus)) if held else split_validation(train, fraction=fraction, seed=seed)
+
+# %% ../nbs/05_data.ipynb #71d6eaf2
 def _enough_mined(train: Examples, mined: Mapping[int, list[int]], poor: Iterable[int], wanted: int) -> Examples:
     "The examples without the queries that the miner found too little for; the log says how many, and which are filled up."
     total, poor = len(train.queries), {q for q in poor if q < len(train.queries)}
@@ -163,7 +178,13 @@ def _enough_mined(train: Examples, mined: Mapping[int, list[int]], poor: Iterabl
                             len(poor), total, min(poor))
     return Examples(train.queries, train.corpus, {q: ps for q, ps in train.positives.items() if q not in poor}, train.negatives)
 
-# %% ../nbs/05_data.ipynb #8611a4c2
+def _mine(miner: Any, train: Examples, valid: Examples, n: int) -> tuple[Examples, dict[int, list[int]]]:
+    "The examples to train on, and mined negatives by query: those of training first, then those of validation."
+    known = [ps + part.negatives.get(q, []) for part in (train, valid) for q, ps in part.positives.items()]
+    mined = miner.mine(train.queries + valid.queries, train.corpus, dict(enumerate(known)), n)
+    return _enough_mined(train, mined, getattr(miner, "poor_queries", ()), n), mined
+
+# %% ../nbs/05_data.ipynb #6a886687
 def prepare(
     raw_data: Iterable,                     # rows as for `parse_rows`
     folder: str | Path,                     # where to write, as for `check_folder`
@@ -184,27 +205,16 @@ def prepare(
         _check_count(value, name, least)
     labels = _labels(pairs_with_labels, positive_label, negative_label)
     check_folder(folder)
-    corpus: dict[str, int] = {}
-    rows = _read(raw_data, corpus, "raw_data", labels)
-    held = None if validation_data is None else _read(validation_data, corpus, "validation_data", labels)
-    if shared := [text for text in (held or [()])[0] if text in rows[0]]:
-        raise ValueError(f"validation_data: expected queries that raw_data does not hold, got {reprlib.repr(shared[0])} in both "
-                         f"({len(shared)} such queries). Remove them from one.")
-    _add_documents(corpus, all_documents)
-    train, valid = _examples(*rows, list(corpus)), None
-    if held: valid = _examples(*held, train.corpus)
-    else: train, valid = split_validation(train, fraction=validation_fraction, seed=seed)
+    train, valid = _read_both(raw_data, validation_data, all_documents, labels, validation_fraction, seed)
     _check_negatives(train, num_new_negatives, nway)
-    mined, n_train, train_on = {}, len(train.queries), train
-    if miner is not None and num_new_negatives:
-        known = [ps + part.negatives.get(q, []) for part in (train, valid) for q, ps in part.positives.items()]
-        mined = miner.mine(train.queries + valid.queries, train.corpus, dict(enumerate(known)), num_new_negatives)
-        train_on = _enough_mined(train, mined, getattr(miner, "poor_queries", ()), num_new_negatives)
+    mining = miner is not None and num_new_negatives
+    train_on, mined = _mine(miner, train, valid, num_new_negatives) if mining else (train, {})
+    n_train = len(train.queries)
     triples = make_triples(train_on, mined=mined, num_new_negatives=num_new_negatives, nway=nway, seed=seed)
     validation = validation_rows(valid, mined={q - n_train: ps for q, ps in mined.items() if q >= n_train}, seed=seed)
-    settings = {"num_new_negatives": num_new_negatives, "nway": nway, "seed": seed, "validation": "given" if held else validation_fraction,
+    settings = {"num_new_negatives": num_new_negatives, "nway": nway, "seed": seed, "validation": "given" if validation_data is not None else validation_fraction,
                 "miner": miner and getattr(miner, "settings", type(miner).__name__)}
     export_training_data(folder, train, triples, validation=validation, settings=settings)
     logger.info("%d queries, %d passages, %d triples and %d validation queries are in %s",
-                n_train, len(corpus), len(triples), len(validation), folder)
+                n_train, len(train.corpus), len(triples), len(validation), folder)
     return Path(folder)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-# %% ../nbs/05_data_arrays.ipynb #34400738
+# %% ../nbs/05_data_arrays.ipynb #c3314628
 BLOCK = 1 << 22  # bytes read at a time
 
 def blocks(data: bytes | mmap.mmap) -> Iterator[tuple[int, bytes]]:
@@ -39,7 +39,7 @@ def contents(path: Path) -> bytes | mmap.mmap:
         if path.stat().st_size <= BLOCK: return file.read()
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
-# %% ../nbs/05_data_arrays.ipynb #5402ebec
+# %% ../nbs/05_data_arrays.ipynb #6f3f71c4
 def _numbers(block: bytes, name: str, first: int) -> tuple[np.ndarray, np.ndarray]:
     "Where the lines of a TSV block start, and the numbers they start with. `first`: lines before the block."
     try: block.decode()

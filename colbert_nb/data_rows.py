@@ -39,7 +39,7 @@ class Examples:
         return (f"Examples({len(self.queries)} queries, {len(self.corpus)} passages, {positives} positives, "
                 f"{negatives} negatives)")
 
-# %% ../nbs/05_data_rows.ipynb #d91bebc3
+# %% ../nbs/05_data_rows.ipynb #35076879
 def _items(values: Any, name: str) -> Iterator[tuple[int, Any]]:
     if isinstance(values, (str, bytes, Mapping, set, frozenset)) or not isinstance(values, Iterable):
         raise ValueError(f"{name}: expected a list or another iterable of fixed order, got {shown(values)}. Put it in a "
@@ -66,13 +66,20 @@ def _check_row(row: Any, where: str, length: int | None, labelled: bool) -> None
         raise ValueError(f"{where}: expected (query, passage) or (query, positive, negative), got {len(row)} values. "
                          "Several passages go in a list: (query, [passage, passage]).")
 
-# %% ../nbs/05_data_rows.ipynb #9834f317
+# %% ../nbs/05_data_rows.ipynb #915db3d3
 def _label(row: tuple, where: str, positive: Any, negative: Any) -> bool:
     if not isinstance(row[2], Hashable) or row[2] not in (positive, negative):
         raise ValueError(f"{where}: expected the label {positive!r} or {negative!r}, got {shown(row[2])}. Correct it, or "
                          "set positive_label and negative_label to the values that your rows use.")
     return bool(row[2] == positive)
 
+def _labels(pairs_with_labels: bool, positive: Any, negative: Any) -> tuple | None:
+    if pairs_with_labels and positive == negative:
+        raise ValueError(f"positive_label: expected another value than negative_label, got {positive!r} for both. Set the "
+                         "two values that your rows use.")
+    return (positive, negative) if pairs_with_labels else None
+
+# %% ../nbs/05_data_rows.ipynb #0d39cd9f
 def _read(raw_data: Any, corpus: dict[str, int], name: str, labels: tuple | None) -> tuple[dict, tuple[dict, dict]]:
     "Queries {text: number} and, for negatives and for positives, {query: {passage: first row}}; `corpus` grows."
     queries, known, length = {}, ({}, {}), None
@@ -101,12 +108,7 @@ def _read(raw_data: Any, corpus: dict[str, int], name: str, labels: tuple | None
         raise ValueError(f"{name}: expected a positive at least, got {len(queries)} queries without. Check positive_label.")
     return queries, known
 
-def _labels(pairs_with_labels: bool, positive: Any, negative: Any) -> tuple | None:
-    if pairs_with_labels and positive == negative:
-        raise ValueError(f"positive_label: expected another value than negative_label, got {positive!r} for both. Set the "
-                         "two values that your rows use.")
-    return (positive, negative) if pairs_with_labels else None
-
+# %% ../nbs/05_data_rows.ipynb #35c4ff43
 def _examples(queries: dict, known: tuple[dict, dict], corpus: list[str]) -> Examples:
     "The queries that have a positive."
     kept = [(text, query) for text, query in queries.items() if query in known[True]]

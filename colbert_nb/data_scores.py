@@ -51,7 +51,26 @@ def _predict(teacher: Any, pairs: list[tuple[str, str]], batch_size: int) -> np.
                          f"{passage[:60]!r}. Nothing was written. Load the model in float32.")
     return scores
 
-# %% ../nbs/05_data_scores.ipynb #003fa5a0
+# %% ../nbs/05_data_scores.ipynb #091d5d49
+def _lengths(data: TrainingData, keys: np.ndarray) -> np.ndarray:
+    "Characters of the texts of each pair."
+    queries, passages = (np.fromiter(map(len, texts), np.int64, len(texts)) for texts in (data.queries, data.corpus))
+    return queries[keys // len(data.corpus)] + passages[keys % len(data.corpus)]
+
+def _ask(teacher: Any, data: TrainingData, keys: np.ndarray, batch_size: int, show_progress: bool) -> np.ndarray:
+    "The score of each pair, the longest asked for first."
+    from tqdm import tqdm
+
+    found, order = np.empty(len(keys), np.float32), np.argsort(-_lengths(data, keys), kind="stable")
+    with tqdm(total=len(keys), unit="pair", disable=not show_progress) as bar:
+        for start in range(0, len(keys), SLAB):
+            part = order[start:start + SLAB]
+            queries, passages = (numbers.tolist() for numbers in np.divmod(keys[part], len(data.corpus)))
+            found[part] = _predict(teacher, [(data.queries[q], data.corpus[p]) for q, p in zip(queries, passages)], batch_size)
+            bar.update(len(part))
+    return found
+
+# %% ../nbs/05_data_scores.ipynb #3f0e16c1
 def score_triples(
     data: TrainingData | str | Path,   # or a folder of `export_training_data`, which then holds the scores, too
     cross_encoder: Any,                # a sentence-transformers CrossEncoder, its name or folder; or anything with its `predict`
@@ -73,25 +92,10 @@ def score_triples(
     teacher, name = _teacher(cross_encoder, device)
     inside, n_passages = data.triples[:, 1:] >= 0, len(data.corpus)
     keys, place = np.unique((data.triples[:, :1].astype(np.int64) * n_passages + data.triples[:, 1:])[inside], return_inverse=True)
-    found, order = np.empty(len(keys), np.float32), np.argsort(-_lengths(data, keys), kind="stable")
-    from tqdm import tqdm
-
-    hidden = None if show_progress is None else not show_progress
-    with tqdm(total=len(keys), unit="pair", disable=not sys.stderr.isatty() if hidden is None else hidden) as bar:
-        for start in range(0, len(keys), SLAB):
-            part = order[start:start + SLAB]
-            pairs = [(data.queries[q], data.corpus[p]) for q, p in zip(*(a.tolist() for a in np.divmod(keys[part], n_passages)))]
-            found[part] = _predict(teacher, pairs, batch_size)
-            bar.update(len(part))
     scores = np.full(inside.shape, np.nan, np.float32)
-    scores[inside] = found[place]
+    scores[inside] = _ask(teacher, data, keys, batch_size, sys.stderr.isatty() if show_progress is None else show_progress)[place]
     logger.info("%s scored %d pairs of %d rows", name, len(keys), len(data.triples))
     if out is None: return TrainingData(data.queries, data.corpus, data.triples, data.positives, data.validation, scores)
     settings = (source and _manifest(source) or {}).get("settings", {}) | {"teacher": name}
     export_training_data(out, data, data.triples, scores=scores, validation=data.validation, settings=settings)
     return load_training_data(out)
-
-def _lengths(data: TrainingData, keys: np.ndarray) -> np.ndarray:
-    "Characters of the texts of each pair."
-    queries, passages = (np.fromiter(map(len, texts), np.int64, len(texts)) for texts in (data.queries, data.corpus))
-    return queries[keys // len(data.corpus)] + passages[keys % len(data.corpus)]

@@ -6,7 +6,7 @@
 __all__ = ['log', 'MARKS', 'DELIMITERS', 'LARGEST', 'text_lines', 'table_rows', 'Rows', 'label_value', 'read_pairs', 'Texts',
            'read_texts', 'most_shared', 'leaks']
 
-# %% ../nbs/05_data_tables.ipynb #1cbd7eda
+# %% ../nbs/05_data_tables.ipynb #0769ee11
 import codecs
 import csv
 import io
@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .data_files import clean_text, shown
+from .data_files import clean_text, folded_text, shown
 from .data_rows import Examples
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def text_lines(
                                  "Save the file as UTF-8, or set the encoding to what it was saved in, often cp1252.") from error
             yield line.removeprefix("\ufeff") if number == 1 else line
 
-# %% ../nbs/05_data_tables.ipynb #3d5337c5
+# %% ../nbs/05_data_tables.ipynb #970c025b
 DELIMITERS, LARGEST = {".csv": ",", ".tsv": "\t"}, 2**31 - 1
 
 def _json_rows(path: Path, encoding: str) -> Iterator[tuple[int, dict]]:
@@ -80,6 +80,7 @@ def _cells(path: Path, encoding: str, delimiter: str, quotes: bool) -> Iterator[
                              "quotes.") from error
         if cells: yield line, cells
 
+# %% ../nbs/05_data_tables.ipynb #afd5c273
 def _table(path: str | Path, columns: Sequence[str] | None = None, delimiter: str | None = None, quotes: bool | None = None,
            encoding: str = "utf-8") -> tuple[list[str], list[tuple[int, dict[str, Any]]]]:
     "The names of the columns, and the rows."
@@ -146,7 +147,7 @@ def label_value(
     text = cell.strip() if isinstance(cell, str) else cell
     return int(text.split(".")[0]) if isinstance(text, str) and re.fullmatch(r"[+-]?[0-9]{1,9}(\.0+)?", text) else text
 
-# %% ../nbs/05_data_tables.ipynb #c97e6ac5
+# %% ../nbs/05_data_tables.ipynb #35ab919f
 def _missing(path: Path, wanted: str, parameter: str, names: list[str]) -> ValueError:
     "The error for a column that is not there, with what is probably meant."
     alike = next((name for name in names if name.strip().lower() == wanted.lower()), None)
@@ -170,7 +171,17 @@ def _checked(path: Path, rows: list[tuple[int, dict]], make) -> list:
     lines = ", ".join(str(line) for line, _ in faults[:10]) + (", ..." if len(faults) > 10 else "")
     raise ValueError(f"{faults[0][1]}" + (f" {len(faults)} rows have a fault, in lines {lines}." if len(faults) > 1 else ""))
 
-# %% ../nbs/05_data_tables.ipynb #a0836b3b
+# %% ../nbs/05_data_tables.ipynb #6eaa8fbb
+def _third_column(path: Path, names: list[str], negative: str | None, label: str | None) -> list[tuple[str, bool]]:
+    "The column of negatives or of labels, if there is one, and whether it holds labels."
+    third = [(name, labels) for name, labels in ((negative, False), (label, True)) if name is not None]
+    third = third or [(name, labels) for name, labels in (("negative", False), ("label", True)) if name in names]
+    if len(third) > 1:
+        raise ValueError(f"{path.name}: expected negatives or labels, got both, in the columns {third[0][0]!r} and {third[1][0]!r}. Name "
+                         "the one that counts with negative_column or label_column.")
+    return third
+
+# %% ../nbs/05_data_tables.ipynb #76b1e536
 def read_pairs(
     path: str | Path,                     # .csv, .tsv or .jsonl
     *,
@@ -187,11 +198,7 @@ def read_pairs(
     asked = {"query_column": query_column, "passage_column": passage_column, "negative_column": negative_column, "label_column": label_column}
     for parameter, name in asked.items():
         if name is not None and name not in names: raise _missing(path, name, parameter, names)
-    third = [(name, labels) for name, labels in ((negative_column, False), (label_column, True)) if name is not None]
-    third = third or [(name, labels) for name, labels in (("negative", False), ("label", True)) if name in names]
-    if len(third) > 1:
-        raise ValueError(f"{path.name}: expected negatives or labels, got both, in the columns {third[0][0]!r} and {third[1][0]!r}. Name "
-                         "the one that counts with negative_column or label_column.")
+    third = _third_column(path, names, negative_column, label_column)
     if not rows: raise ValueError(f"{path.name}: expected a row at least, got the header alone.")
 
     def make(row: dict, place: str) -> tuple:
@@ -247,13 +254,12 @@ def most_shared(
     passage, n = max(counts.items(), key=lambda item: (item[1], -item[0]))
     return n, examples.corpus[passage]
 
-# %% ../nbs/05_data_tables.ipynb #9e8d12d4
+# %% ../nbs/05_data_tables.ipynb #6bca31b7
 def leaks(
     train: Examples,
     test: Examples,
 ) -> tuple[list[str], list[str]]:  # queries of the test that are in the training, passages that answer in both
     "What a test shares with the training, in the order of the test; capitals and blanks make no difference."
-    same = lambda text: " ".join(text.casefold().split())
     answers = lambda part: dict.fromkeys(part.corpus[p] for passages in part.positives.values() for p in passages)
-    asked, answered = {same(query) for query in train.queries}, {same(text) for text in answers(train)}
-    return [query for query in test.queries if same(query) in asked], [text for text in answers(test) if same(text) in answered]
+    asked, answered = set(map(folded_text, train.queries)), set(map(folded_text, answers(train)))
+    return [query for query in test.queries if folded_text(query) in asked], [text for text in answers(test) if folded_text(text) in answered]

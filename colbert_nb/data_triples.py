@@ -19,7 +19,7 @@ from .data_arrays import Positives, TextFile, blocks, contents, line_bounds
 
 if TYPE_CHECKING: from colbert_nb.data_files import TrainingData
 
-# %% ../nbs/05_data_triples.ipynb #b9c5ce93
+# %% ../nbs/05_data_triples.ipynb #94e8a78a
 _ID, _REAL = rb"(?:0|[1-9][0-9]{0,17}+)", rb"-?(?:0|[1-9][0-9]*+)(?:\.[0-9]++)?(?:[eE][+-]?[0-9]++)?"
 _PLAIN = re.compile(rb"(?:\[%s(?:, ?%s){2,}+\]\r?\n)*+" % (_ID, _ID))
 _SCORED = re.compile(rb"(?:\[%s(?:, ?\[%s, ?%s\]){2,}+\]\r?\n)*+" % (_ID, _ID, _REAL))
@@ -36,6 +36,7 @@ def _parse(block: bytes) -> tuple[np.ndarray, np.ndarray, bool]:
         return np.fromstring(block.translate(_BLANKS), np.float64 if scored else np.int64, sep=" "), counts, scored
     return _parse_slowly(block)
 
+# %% ../nbs/05_data_triples.ipynb #62c69bcb
 def _parse_slowly(block: bytes) -> tuple[np.ndarray, np.ndarray, bool]:
     "The same for JSON of other spacing. A line that is no row becomes one of the query -1, and ends the block."
     values, counts, scored = [], [], None

@@ -92,7 +92,7 @@ def audit_rules(
     frame = pd.DataFrame.from_dict(table, orient="index", columns=["dropped", "share", "queries", "alone"])
     return frame.astype({"alone": "Int64"}).rename_axis("rule")
 
-# %% ../nbs/06_mining_audit.ipynb #a26d23bf
+# %% ../nbs/06_mining_audit.ipynb #f4ab2fde
 def _weakest(verdict: Verdict) -> np.ndarray | None:
     "Score of each query's weakest positive: what the margins asked, else from `pair_scores`, else unknown."
     if verdict.weakest is None and verdict.inputs["pair_scores"] is not None:
@@ -100,6 +100,14 @@ def _weakest(verdict: Verdict) -> np.ndarray | None:
     return verdict.weakest
 
 
+def _mined_places(verdict: Verdict, mined: Mined) -> tuple[np.ndarray, np.ndarray]:
+    "Rows and columns of the mined negatives."
+    rows, columns = np.nonzero(verdict.code == 0)
+    chosen = [np.isin(verdict.ids[q][verdict.code[q] == 0], mined.negatives[q]) for q in range(len(verdict.ids))]
+    chosen = np.concatenate(chosen or [np.empty(0, bool)])
+    return rows[chosen], columns[chosen]
+
+# %% ../nbs/06_mining_audit.ipynb #7836f1d2
 def audit_suspects(
     verdict: Verdict,
     mined: Mined,
@@ -110,10 +118,8 @@ def audit_suspects(
     "Mined negatives by the evidence that they are answers. Columns without data are NaN. ValueError where no evidence was given to `judge`."
     import pandas as pd
 
-    inputs, n_queries, weakest = verdict.inputs, len(verdict.ids), _weakest(verdict)
-    rows, columns = np.nonzero(verdict.code == 0)
-    chosen = np.concatenate([np.isin(verdict.ids[q][verdict.code[q] == 0], mined.negatives[q]) for q in range(n_queries)] or [np.empty(0, bool)])
-    rows, columns = rows[chosen], columns[chosen]
+    inputs, weakest = verdict.inputs, _weakest(verdict)
+    rows, columns = _mined_places(verdict, mined)
     passages, frame = verdict.ids[rows, columns], {"query": rows, "passage": verdict.ids[rows, columns], "score": verdict.scores[rows, columns]}
     nothing = np.full(len(rows), np.nan)
     frame["gap"] = nothing if weakest is None else frame["score"] - weakest[rows]
@@ -167,7 +173,7 @@ def audit_changes(
     columns = ["candidates", "short", "below", "negatives", "score", "new", "above"]
     return pd.DataFrame.from_dict(table, orient="index", columns=columns).astype({"above": "Int64"}).rename_axis("change")
 
-# %% ../nbs/06_mining_audit.ipynb #dcc052ec
+# %% ../nbs/06_mining_audit.ipynb #6e23cdd3
 @dataclass(frozen=True)
 class Audit:
     "The tables of an audit, each a DataFrame, and their picture."
@@ -183,8 +189,9 @@ class Audit:
 
         ranks, shown = self.ranks[self.ranks.index >= 0], self.changes.iloc[::-1]
         with plot_theme():
-            figure, (left, middle, right) = plt.subplots(1, 3, figsize=(10, 0.24 * max(len(shown), 8) + 1), layout="constrained",
-                                                         width_ratios=(2, 1, 1))
+            figure, axes = plt.subplot_mosaic([["ranks", "ranks"], ["rules", "changes"]], figsize=(7, 0.24 * max(len(shown), 8) + 2.8),
+                                              layout="constrained", height_ratios=(2, 0.24 * max(len(shown), 8)))
+            left, middle, right = (axes[name] for name in ("ranks", "rules", "changes"))
             left.fill_between(ranks.index, ranks["low"], ranks["high"], color=GREY, alpha=0.25, lw=0)
             left.plot(ranks.index, ranks["mean"], color=GREY)
             left.set(title="score by rank; positives in orange", xlabel="rank", yticks=left.get_yticks()[1:-1:2])

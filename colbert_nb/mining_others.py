@@ -95,7 +95,17 @@ class BM25Miner(Miner):
             return np.concatenate([np.empty(0, np.float32), *parts])
         return score
 
-# %% ../nbs/06_mining_others.ipynb #3d794027
+# %% ../nbs/06_mining_others.ipynb #02f4910d
+def _fingerprint(model: "ColBERT") -> str:
+    "Weights and lengths as a hash."
+    found = hashlib.blake2b(digest_size=16)
+    found.update(repr((model.tokenizer.query_maxlen, model.tokenizer.doc_maxlen)).encode())
+    for name, values in model.state_dict().items():
+        found.update(name.encode())
+        found.update(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+# %% ../nbs/06_mining_others.ipynb #779ab6f5
 class ColBERTMiner(Miner):
     """Ranks by MaxSim over all passages with a late-interaction model, which may be the one in training. ValueError as `Miner`.
 
@@ -128,22 +138,13 @@ class ColBERTMiner(Miner):
             self.model = ColBERT.from_pretrained(self.model, device=self.device)
         return self.model
 
-    def _fingerprint(self) -> str:
-        "Weights and lengths as a hash."
-        model, found = self.load(), hashlib.blake2b(digest_size=16)
-        found.update(repr((model.tokenizer.query_maxlen, model.tokenizer.doc_maxlen)).encode())
-        for name, values in model.state_dict().items():
-            found.update(name.encode())
-            found.update(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        return found.hexdigest()
-
     def _outdated(self) -> bool:
-        return self.weights != self._fingerprint()
+        return self.weights != _fingerprint(self.load())
 
     def _index(self, corpus: list[str], n_queries: int | None) -> None:
         from colbert_nb.evaluation import embed_corpus
 
-        self.weights = self._fingerprint()
+        self.weights = _fingerprint(self.load())
         log.info("encoding %d passages with the ColBERT that mines", len(corpus))
         self.index = embed_corpus(self.model, corpus, batch_size=self.batch_size, show_progress=self.show_progress)
 

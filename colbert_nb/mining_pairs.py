@@ -6,12 +6,13 @@
 __all__ = ['PairScores', 'flat_positives', 'nth_of_run', 'is_among', 'text_keys', 'positive_cosines', 'dense_scores',
            'cross_encoder_scores']
 
-# %% ../nbs/06_mining_pairs.ipynb #2dbf9d3f
+# %% ../nbs/06_mining_pairs.ipynb #2effeb59
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from .data_files import folded_text
 from .data_scores import SLAB, _teacher
 
 # %% ../nbs/06_mining_pairs.ipynb #d7606f57
@@ -54,7 +55,7 @@ def is_among(
         found[rows[at]] |= candidates[rows[at]] == values[at, None]
     return found
 
-# %% ../nbs/06_mining_pairs.ipynb #6ae73492
+# %% ../nbs/06_mining_pairs.ipynb #fe1a7294
 def text_keys(
     corpus: Sequence[str],
     among: np.ndarray | None = None,  # passage positions that will be compared; None: all. The others get their own position
@@ -64,12 +65,12 @@ def text_keys(
     places = range(len(corpus)) if among is None else np.unique(among[among >= 0]).tolist()
     begins, crowded = {}, set()
     for p in places:
-        other = begins.setdefault(" ".join(corpus[p].split(None, 4)[:4]).casefold(), p)
+        other = begins.setdefault(folded_text(" ".join(corpus[p].split(None, 4)[:4])), p)
         if other != p:
             crowded.update((other, p))
     first: dict[str, int] = {}
     for p in sorted(crowded):
-        keys[p] = first.setdefault(" ".join(corpus[p].split()).casefold(), p)
+        keys[p] = first.setdefault(folded_text(corpus[p]), p)
     return keys
 
 # %% ../nbs/06_mining_pairs.ipynb #64bea7a1

@@ -18,7 +18,7 @@ from .mining_pairs import (PairScores, cross_encoder_scores, dense_scores, flat_
 
 log = logging.getLogger(__name__)
 
-# %% ../nbs/06_mining_rules.ipynb #cea0047b
+# %% ../nbs/06_mining_rules.ipynb #3c62e40c
 RULES = ("kept", "no candidate", "positive", "min_rank", "max_rank", "drop_same_text", "max_score", "min_score", "absolute_margin",
          "relative_margin", "max_positive_similarity", "cross_encoder_max_score", "cross_encoder_absolute_margin",
          "cross_encoder_relative_margin")  # the codes of a `Verdict`, in the order in which rules are asked
@@ -44,34 +44,39 @@ class MiningRules:
     seed: int = 42                                      # draws the sample, together with the text of the query
 
     def __post_init__(self):
-        for name in ("min_rank", "max_rank", "n", "minimum"):
-            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), (int, np.integer)):
-                raise ValueError(f"{name}: expected a whole number, got {getattr(self, name)!r}.")
-        if not 0 <= self.min_rank < self.max_rank:
-            raise ValueError(f"expected 0 <= min_rank < max_rank, got {self.min_rank} and {self.max_rank}; the defaults are 10 and 110.")
-        if self.n < 1:
-            raise ValueError(f"expected n, the negatives a query, of 1 or more, got {self.n}.")
-        if not 0 <= self.minimum <= min(self.n, self.max_rank - self.min_rank):
-            raise ValueError(f"minimum: expected a number from 0 to n={self.n} that the window of {self.max_rank - self.min_rank} "
-                             f"ranks can hold, got {self.minimum}.")
-        if self.sampling not in ("random", "top"):
-            raise ValueError(f"sampling must be 'random' or 'top', got {self.sampling!r}.")
-        if not isinstance(self.drop_same_text, bool):
-            raise ValueError(f"drop_same_text: expected True or False, got {self.drop_same_text!r}.")
-        for name in RULES[6:]:
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, (bool, str)) or not np.isfinite(value)):
-                raise ValueError(f"{name}: expected a finite number or None, got {value!r}.")
-            if value is not None and (value < 0 and "margin" in name or value >= 1 and "relative" in name):
-                raise ValueError(f"{name}: expected 0 or more{', and less than 1 (0.05 is 5 %)' if 'relative' in name else ''}, got {value}.")
-        if None not in (self.min_score, self.max_score) and self.min_score >= self.max_score:
-            raise ValueError(f"expected min_score < max_score, got {self.min_score} and {self.max_score}: nothing would be left.")
-        if self.max_positive_similarity is not None and not 0 < self.max_positive_similarity < 1:
-            raise ValueError(f"max_positive_similarity: expected a cosine between 0 and 1, such as 0.95, got {self.max_positive_similarity}.")
+        _check_rules(self)
 
     def asks(self, prefix: str) -> bool:  # such as "cross_encoder", or the name of a rule
         "Whether a rule whose name starts so is on."
         return any(getattr(self, name) is not None and getattr(self, name) is not False for name in RULES[5:] if name.startswith(prefix))
+
+# %% ../nbs/06_mining_rules.ipynb #d74e33d4
+def _check_rules(rules: MiningRules) -> None:
+    "ValueError for settings that cannot be meant."
+    for name in ("min_rank", "max_rank", "n", "minimum"):
+        if isinstance(getattr(rules, name), bool) or not isinstance(getattr(rules, name), (int, np.integer)):
+            raise ValueError(f"{name}: expected a whole number, got {getattr(rules, name)!r}.")
+    if not 0 <= rules.min_rank < rules.max_rank:
+        raise ValueError(f"expected 0 <= min_rank < max_rank, got {rules.min_rank} and {rules.max_rank}; the defaults are 10 and 110.")
+    if rules.n < 1:
+        raise ValueError(f"expected n, the negatives a query, of 1 or more, got {rules.n}.")
+    if not 0 <= rules.minimum <= min(rules.n, rules.max_rank - rules.min_rank):
+        raise ValueError(f"minimum: expected a number from 0 to n={rules.n} that the window of {rules.max_rank - rules.min_rank} "
+                         f"ranks can hold, got {rules.minimum}.")
+    if rules.sampling not in ("random", "top"):
+        raise ValueError(f"sampling must be 'random' or 'top', got {rules.sampling!r}.")
+    if not isinstance(rules.drop_same_text, bool):
+        raise ValueError(f"drop_same_text: expected True or False, got {rules.drop_same_text!r}.")
+    for name in RULES[6:]:
+        value = getattr(rules, name)
+        if value is not None and (isinstance(value, (bool, str)) or not np.isfinite(value)):
+            raise ValueError(f"{name}: expected a finite number or None, got {value!r}.")
+        if value is not None and (value < 0 and "margin" in name or value >= 1 and "relative" in name):
+            raise ValueError(f"{name}: expected 0 or more{', and less than 1 (0.05 is 5 %)' if 'relative' in name else ''}, got {value}.")
+    if None not in (rules.min_score, rules.max_score) and rules.min_score >= rules.max_score:
+        raise ValueError(f"expected min_score < max_score, got {rules.min_score} and {rules.max_score}: nothing would be left.")
+    if rules.max_positive_similarity is not None and not 0 < rules.max_positive_similarity < 1:
+        raise ValueError(f"max_positive_similarity: expected a cosine between 0 and 1, such as 0.95, got {rules.max_positive_similarity}.")
 
 # %% ../nbs/06_mining_rules.ipynb #5a2dd8e3
 def rank_window(
@@ -84,7 +89,7 @@ def rank_window(
         return min_rank, max_rank
     return min_rank * n_others // max_rank, n_others
 
-# %% ../nbs/06_mining_rules.ipynb #256fa56b
+# %% ../nbs/06_mining_rules.ipynb #ddb3d8b3
 @dataclass(frozen=True)
 class Verdict:
     "What became of each candidate: `code` indexes `RULES`, 0 is kept."
@@ -106,7 +111,30 @@ class Verdict:
         "The same candidates by other rules. Errors as in `judge`."
         return judge(rules, self.ids, self.scores, self.positives, **{**self.inputs, **inputs})
 
+# %% ../nbs/06_mining_rules.ipynb #7e3adf61
+def _windows(rules: MiningRules, n_others: np.ndarray, n_passages: int) -> tuple[np.ndarray, np.ndarray]:
+    "`rank_window` of many queries; where a window shrinks, the log says so."
+    small = n_others < rules.max_rank
+    first, last = np.where(small, rules.min_rank * n_others // rules.max_rank, rules.min_rank), np.minimum(n_others, rules.max_rank)
+    if small.any():
+        log.warning("only %d passages: ranks %d to %d became %d to %d or more for %d of %d queries", n_passages, rules.min_rank, rules.max_rank,
+                    *min(zip(first[small].tolist(), last[small].tolist())), small.sum(), len(n_others))
+    return first, last
 
+
+def _drop_by_rank(rules: MiningRules, ids: np.ndarray, code: np.ndarray, rows: np.ndarray, n_passages: int, drop: Callable) -> None:
+    "Both ends of the window. ValueError where the search was not deep enough for it."
+    n_others, ended = n_passages - np.bincount(rows, minlength=len(ids)), (ids < 0).any(axis=1)
+    first, last = _windows(rules, np.where(ended, (code == 0).sum(axis=1), n_others), n_passages)
+    rank = np.cumsum(code == 0, axis=1, dtype=np.int32) - 1
+    if (short := (code == 0).sum(axis=1) < last).any():
+        q = int(short.argmax())
+        raise ValueError(f"ids: expected {last[q]} candidates that are no positives for query {q}, got {(code[q] == 0).sum()} of "
+                         f"{ids.shape[1]}; search deeper: max_rank={rules.max_rank} and the most positives of a query together.")
+    drop("min_rank", rank < first[:, None])
+    drop("max_rank", rank >= last[:, None])
+
+# %% ../nbs/06_mining_rules.ipynb #81d084d5
 def weakest_positive(
     score: PairScores,
     positives: tuple[np.ndarray, np.ndarray],  # as `flat_positives` gives them
@@ -118,6 +146,50 @@ def weakest_positive(
     return np.where(np.isinf(lowest), np.float32("nan"), lowest)
 
 
+def _margins(rules: MiningRules, prefix: str, scores: np.ndarray, weakest: np.ndarray, drop: Callable) -> None:
+    "Both margins; a query without a positive has NaN for `weakest`, and nothing of it is dropped, as the log says."
+    absolute, relative = (getattr(rules, f"{prefix}{kind}_margin") for kind in ("absolute", "relative"))
+    if absolute is not None:
+        drop(f"{prefix}absolute_margin", scores + absolute > weakest[:, None])
+    if relative is not None:
+        drop(f"{prefix}relative_margin", scores > (weakest - np.abs(weakest) * relative)[:, None])
+    if without := int(np.isnan(weakest).sum()):
+        log.warning("%d of %d queries have no positive: margins cannot act on them, the first is query %d", without, len(weakest),
+                    np.isnan(weakest).argmax())
+
+
+def _ask_cross_encoder(rules: MiningRules, score: PairScores, ids: np.ndarray, code: np.ndarray, known: tuple, drop: Callable) -> dict:
+    "The rules of a cross-encoder, and the scores that it gave, for the `Verdict`."
+    at, found = np.nonzero(code == 0), {"cross": np.full(ids.shape, np.nan, np.float32)}
+    found["cross"][at] = score(at[0], ids[at])
+    if rules.asks("cross_encoder_max"):
+        drop("cross_encoder_max_score", found["cross"] > rules.cross_encoder_max_score)
+    if rules.asks("cross_encoder_abs") or rules.asks("cross_encoder_rel"):
+        found["cross_weakest"] = weakest_positive(score, known, len(ids))
+        _margins(rules, "cross_encoder_", found["cross"], found["cross_weakest"], drop)
+    return found
+
+# %% ../nbs/06_mining_rules.ipynb #fb9c3a73
+def _check_inputs(rules: MiningRules, ids: np.ndarray, scores: np.ndarray, inputs: dict) -> None:
+    "ValueError for arrays that do not fit, and for a rule whose input is missing."
+    asked = {"keys": rules.drop_same_text, "vectors": rules.asks("max_positive"), "pair_scores": rules.asks("absolute") or rules.asks("relative"),
+             "cross_encoder": rules.asks("cross_")}
+    if missing := [name for name, on in asked.items() if on and inputs[name] is None]:
+        raise ValueError(f"expected {' and '.join(missing)}= for the rules that are on, got None; {rules}")
+    n_passages = inputs["n_passages"]
+    for name in ("keys", "vectors"):
+        if inputs[name] is not None and len(inputs[name]) != n_passages:
+            raise ValueError(f"{name}: expected one for each of {n_passages} passages, got {len(inputs[name])}; make them from this corpus.")
+    if ids.ndim != 2 or ids.shape != scores.shape:
+        raise ValueError(f"expected ids and scores of one shape (n_queries, k), got {ids.shape} and {scores.shape}.")
+    if ids.size and ids.max() >= n_passages:
+        raise ValueError(f"ids: expected positions below {n_passages}, got {ids.max()} for query {int(ids.max(axis=1).argmax())}.")
+    if (wrong := ((ids >= 0) & np.isnan(scores)).any(axis=1)).any():
+        raise ValueError(f"scores: expected numbers, got NaN for query {int(wrong.argmax())}; look at the vectors of the miner.")
+    if (wrong := ((scores[:, 1:] > scores[:, :-1] + 1e-3) & (ids[:, 1:] >= 0)).any(axis=1)).any():
+        raise ValueError(f"scores: expected the nearest first, got rising scores for query {int(wrong.argmax())}.")
+
+# %% ../nbs/06_mining_rules.ipynb #8ef3697e
 def judge(
     rules: MiningRules,
     ids: np.ndarray,  # (n_queries, k) passage positions, nearest first; -1 where a query has no further candidate
@@ -132,23 +204,9 @@ def judge(
 ) -> Verdict:
     """Which rule drops which candidate. `k` of `max_rank` plus the most positives of a query is always enough.
     ValueError for arrays that do not fit, and for a rule whose input is missing."""
-    n_queries = len(ids)
-    needs = {"keys": (keys, rules.drop_same_text), "vectors": (vectors, rules.asks("max_positive")),
-             "pair_scores": (pair_scores, rules.asks("absolute") or rules.asks("relative")), "cross_encoder": (cross_encoder, rules.asks("cross_"))}
-    if missing := [name for name, (given, asked) in needs.items() if asked and given is None]:
-        raise ValueError(f"expected {' and '.join(missing)}= for the rules that are on, got None; {rules}")
-    for name in ("keys", "vectors"):
-        if needs[name][0] is not None and len(needs[name][0]) != n_passages:
-            raise ValueError(f"{name}: expected one for each of {n_passages} passages, got {len(needs[name][0])}; make them from this corpus.")
-    if ids.ndim != 2 or ids.shape != scores.shape:
-        raise ValueError(f"expected ids and scores of one shape (n_queries, k), got {ids.shape} and {scores.shape}.")
-    if ids.size and ids.max() >= n_passages:
-        raise ValueError(f"ids: expected positions below {n_passages}, got {ids.max()} for query {int(ids.max(axis=1).argmax())}.")
-    if (wrong := ((ids >= 0) & np.isnan(scores)).any(axis=1)).any():
-        raise ValueError(f"scores: expected numbers, got NaN for query {int(wrong.argmax())}; look at the vectors of the miner.")
-    if (wrong := ((scores[:, 1:] > scores[:, :-1] + 1e-3) & (ids[:, 1:] >= 0)).any(axis=1)).any():
-        raise ValueError(f"scores: expected the nearest first, got rising scores for query {int(wrong.argmax())}.")
-    rows, passages = known = positives if isinstance(positives, tuple) else flat_positives(positives, n_queries, n_passages)
+    inputs = {"n_passages": n_passages, "keys": keys, "pair_scores": pair_scores, "vectors": vectors, "cross_encoder": cross_encoder}
+    _check_inputs(rules, ids, scores, inputs)
+    rows, passages = known = positives if isinstance(positives, tuple) else flat_positives(positives, len(ids), n_passages)
     code, found = np.zeros(ids.shape, np.int8), {}
 
     def drop(name: str, where: np.ndarray) -> None:
@@ -156,60 +214,22 @@ def judge(
 
     drop("no candidate", ids < 0)
     drop("positive", is_among(ids, rows, passages))
-    n_others, ended = n_passages - np.bincount(rows, minlength=n_queries), (ids < 0).any(axis=1)
-    first, last = _windows(rules, np.where(ended, (code == 0).sum(axis=1), n_others), n_passages)
-    rank = np.cumsum(code == 0, axis=1, dtype=np.int32) - 1
-    if (short := (code == 0).sum(axis=1) < last).any():
-        q = int(short.argmax())
-        raise ValueError(f"ids: expected {last[q]} candidates that are no positives for query {q}, got {(code[q] == 0).sum()} of "
-                         f"{ids.shape[1]}; search deeper: max_rank={rules.max_rank} and the most positives of a query together.")
-    drop("min_rank", rank < first[:, None])
-    drop("max_rank", rank >= last[:, None])
+    _drop_by_rank(rules, ids, code, rows, n_passages, drop)
     if rules.drop_same_text:
         drop("drop_same_text", is_among(keys[ids], rows, keys[passages]))
     for name, outside in (("max_score", np.greater), ("min_score", np.less)):
         if rules.asks(name):
             drop(name, outside(scores, getattr(rules, name)))
     if rules.asks("absolute") or rules.asks("relative"):
-        found["weakest"] = weakest_positive(pair_scores, known, n_queries)
+        found["weakest"] = weakest_positive(pair_scores, known, len(ids))
         _margins(rules, "", scores, found["weakest"], drop)
     if rules.asks("max_positive"):
         at = np.nonzero(code == 0)
         near = positive_cosines(at[0], ids[at], known, vectors) > rules.max_positive_similarity
         code[at] = np.where(near, RULES.index("max_positive_similarity"), 0)
     if rules.asks("cross_"):
-        at = np.nonzero(code == 0)
-        found["cross"] = np.full(ids.shape, np.nan, np.float32)
-        found["cross"][at] = cross_encoder(at[0], ids[at])
-        if rules.asks("cross_encoder_max"):
-            drop("cross_encoder_max_score", found["cross"] > rules.cross_encoder_max_score)
-        if rules.asks("cross_encoder_abs") or rules.asks("cross_encoder_rel"):
-            found["cross_weakest"] = weakest_positive(cross_encoder, known, n_queries)
-            _margins(rules, "cross_encoder_", found["cross"], found["cross_weakest"], drop)
-    inputs = {"n_passages": n_passages, "keys": keys, "pair_scores": pair_scores, "vectors": vectors, "cross_encoder": cross_encoder}
+        found |= _ask_cross_encoder(rules, cross_encoder, ids, code, known, drop)
     return Verdict(rules, ids, scores, code, known, inputs, **found)
-
-
-def _windows(rules: MiningRules, n_others: np.ndarray, n_passages: int) -> tuple[np.ndarray, np.ndarray]:
-    "`rank_window` of many queries; where a window shrinks, the log says so."
-    small = n_others < rules.max_rank
-    first, last = np.where(small, rules.min_rank * n_others // rules.max_rank, rules.min_rank), np.minimum(n_others, rules.max_rank)
-    if small.any():
-        log.warning("only %d passages: ranks %d to %d became %d to %d or more for %d of %d queries", n_passages, rules.min_rank, rules.max_rank,
-                    *min(zip(first[small].tolist(), last[small].tolist())), small.sum(), len(n_others))
-    return first, last
-
-
-def _margins(rules: MiningRules, prefix: str, scores: np.ndarray, weakest: np.ndarray, drop: Callable) -> None:
-    "Both margins; a query without a positive has NaN for `weakest`, and nothing of it is dropped, as the log says."
-    absolute, relative = (getattr(rules, f"{prefix}{kind}_margin") for kind in ("absolute", "relative"))
-    if absolute is not None:
-        drop(f"{prefix}absolute_margin", scores + absolute > weakest[:, None])
-    if relative is not None:
-        drop(f"{prefix}relative_margin", scores > (weakest - np.abs(weakest) * relative)[:, None])
-    if without := int(np.isnan(weakest).sum()):
-        log.warning("%d of %d queries have no positive: margins cannot act on them, the first is query %d", without, len(weakest),
-                    np.isnan(weakest).argmax())
 
 # %% ../nbs/06_mining_rules.ipynb #56949c90
 @dataclass(frozen=True)
