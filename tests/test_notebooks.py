@@ -43,12 +43,17 @@ def copied(notebook: str, tmp_path: Path, parameters: dict | None = None) -> Pat
     return path
 
 
+LITTLE = ["asyncio", "email"]  # packages with enough docstrings for every cell, and few
 SMALL = {"first_colbert": {"packages": ["numpy"], "n_test": 40, "n_validation": 12, "maxsteps": 2, "doc_maxlen": 16},
-         "from_ragatouille": {"n_test": 30, "maxsteps": 2, "doc_maxlen": 16},
+         "from_ragatouille": {"packages": LITTLE, "n_test": 20, "maxsteps": 1, "doc_maxlen": 16},
+         "labelled_pairs": {"packages": ["email"], "n_test": 16, "n_labelled": 40, "n_asked": 30, "doc_maxlen": 16, "first_steps": 1,
+                            "second_steps": 1},
+         "distillation": {"teacher_packages": ["asyncio"], "packages": ["email"], "n_test": 12, "n_labelled": 16, "n_asked": 16, "n_taught": 16,
+                          "teacher_steps": 1, "label_epochs": 1, "doc_maxlen": 16},
          "several_gpus": {},
-         "vespa": {"n_test": 20, "n_passages": 40, "maxsteps": 2, "doc_maxlen": 16},
+         "vespa": {"packages": LITTLE, "n_test": 20, "n_passages": 40, "maxsteps": 1, "doc_maxlen": 16},
          "another_language": {"n_pairs": 600, "n_test": 40, "n_validation": 12, "vocab_size": 800, "maxsteps": 2},
-         "your_own_data": {"n_modules": 11, "n_test": 40, "n_validation": 12, "maxsteps": 2, "doc_maxlen": 16}}
+         "your_own_data": {"n_modules": 6, "n_test": 30, "n_validation": 12, "maxsteps": 2, "doc_maxlen": 16}}
 
 
 @pytest.mark.timeout(LIMIT + 30)
