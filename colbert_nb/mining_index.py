@@ -139,7 +139,7 @@ def wide_enough(
     n: int,  # vectors in the graph
 ) -> int:  # candidates
     "Width of a search that found 95 of the 100 nearest or more among vectors in clusters, at every size that was measured."
-    return max(400, round(1.6 * n**0.5))
+    return max(400, round(0.17 * n**0.7))
 
 
 def _read_settings(folder: Path) -> dict:

@@ -62,10 +62,12 @@ def text_keys(
 ) -> np.ndarray:  # (n_passages,) int64: the position of the first passage, of those compared, with this text
     "A number for each text, equal where texts differ in case and blanks alone."
     keys = np.arange(len(corpus))
-    places = range(len(corpus)) if among is None else np.unique(among[among >= 0]).tolist()
+    asked = np.full(len(corpus), among is None)
+    if among is not None:
+        asked[among[among >= 0]] = True
     begins, crowded = {}, set()
-    for p in places:
-        other = begins.setdefault(folded_text(" ".join(corpus[p].split(None, 4)[:4])), p)
+    for p in np.flatnonzero(asked).tolist():
+        other = begins.setdefault(" ".join(corpus[p].split(None, 4)[:4]).casefold(), p)  # `folded_text` of the first words
         if other != p:
             crowded.update((other, p))
     first: dict[str, int] = {}

@@ -38,8 +38,9 @@ def texts_key(
         for row, text in enumerate(block, start):
             if not isinstance(text, str):
                 raise ValueError(f"expected a text in row {row}, got {text!r:.60}; drop the row or make it a text.")
-        found.update(np.array([len(text) for text in block], dtype="<i8").tobytes())
-        found.update("".join(block).encode("utf-8", "surrogatepass"))
+        found.update(np.fromiter(map(len, block), "<i8", len(block)).tobytes())
+        for text in block:
+            found.update(text.encode("utf-8", "surrogatepass"))
     return found.hexdigest()[:32]
 
 # %% ../nbs/06_mining_vectors.ipynb #da91d1f1

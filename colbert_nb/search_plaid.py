@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'NBITS', 'LEAST', 'check_nbits', 'PlaidIndex']
 
-# %% ../nbs/12_search_plaid.ipynb #438ff368
+# %% ../nbs/12_search_plaid.ipynb #3e12094d
 import logging
 import shutil
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ def check_nbits(
                          + (f"pass nbits={fit[-1]}" if fit else "use SearchIndex"))
     return nbits
 
-# %% ../nbs/12_search_plaid.ipynb #5ed3a599
+# %% ../nbs/12_search_plaid.ipynb #0e7ec3e2
 class PlaidIndex(StoredIndex):
     """Compressed late-interaction search (PLAID: Santhanam et al. 2022) by fast-plaid or colbert-ai. Every method refuses bad
     input, and what the engine cannot do, with a `ValueError` before long work, and leaves the index whole."""
