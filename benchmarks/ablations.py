@@ -25,9 +25,9 @@ import torch
 from hardware import machine
 
 from colbert_nb.corpus import RetrievalDataset, docstring_corpus, load_beir, minilm_path
-from colbert_nb.data import TrainingData
 from colbert_nb.mining import HardNegativeMiner
 from colbert_nb.training_ablations import BASE, ablation_run, ablation_table
+from colbert_nb.training_ablations import ablation_data as training_data  # noqa: F401, for other scripts
 
 RESULTS = Path(__file__).parent / "results"
 FIXED = {"batch_size": 16, "query_maxlen": 32, "doc_maxlen": 48}
@@ -95,13 +95,6 @@ def add(file: Path, record: dict) -> None:
         os.replace(beside, file)
     finally:
         os.close(folder)
-
-
-def training_data(data: RetrievalDataset, rows: list[tuple[int, int, int]]) -> TrainingData:
-    "Triples of positions as data to train on; the queries of the triples alone."
-    place = {q: i for i, q in enumerate(dict.fromkeys(q for q, *_ in rows))}
-    return TrainingData([data.queries[q] for q in place], data.corpus, [(place[q], *ps) for q, *ps in rows],
-                        {i: list(data.qrels[q]) for q, i in place.items()}, [])
 
 
 def origin(packages: tuple[str, ...] = PACKAGES) -> dict:

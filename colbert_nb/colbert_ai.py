@@ -113,7 +113,7 @@ def recorded(
         put(stack, training, "print_progress", print_progress)
         yield
 
-# %% ../nbs/07_colbert_ai.ipynb #502fd0b8
+# %% ../nbs/07_colbert_ai.ipynb #3e326301
 def write_start(
     model: ColBERT,
     folder: Path,  # a new one

@@ -279,7 +279,7 @@ def save_results(
     with whole_file(path) as file: file.write(text)
     return Path(path)
 
-# %% ../nbs/08_evaluation.ipynb #2765e301
+# %% ../nbs/08_evaluation.ipynb #8d036262
 GREY, BLUE, ORANGE = "#808080", "#3b7dd8", "#e8772e"   # they read well on a light and on a dark page
 
 def plot_theme():
@@ -302,17 +302,17 @@ def plot_results(
     colours = [ORANGE if system == (highlight or systems[-1]) else BLUE for system in systems]
     longest = max(1.0, *(value for row in results.values() for value in row.values()))
     with plot_theme():
-        figure, axes = plt.subplots(1, len(metrics), figsize=(2.6 * len(metrics) + 1, 0.34 * len(systems) + 0.6), layout="constrained", squeeze=False)
+        figure, axes = plt.subplots(1, len(metrics), figsize=(2 * len(metrics) + 1.2, 0.34 * len(systems) + 0.6), layout="constrained", squeeze=False)
         for axis, metric in zip(axes[0], metrics):
             bars = axis.barh(range(len(systems)), [results[s].get(metric, 0.0) for s in systems], height=0.72, color=colours)
             axis.bar_label(bars, [f"{results[s][metric]:.3f}" if metric in results[s] else "–" for s in systems], padding=3)
-            axis.set(title=metric, xlim=(0, 1.2 * longest), xticks=[])
+            axis.set(title=metric, xlim=(0, 1.3 * longest), xticks=[])
             axis.set_yticks(range(len(systems)), systems if axis is axes[0][0] else [""] * len(systems))
             axis.invert_yaxis()
     plt.close(figure)
     return figure
 
-# %% ../nbs/08_evaluation.ipynb #6b365604
+# %% ../nbs/08_evaluation.ipynb #0f8f542a
 def plot_heatmap(
     model,                 # a `ColBERT`
     query: str,            # its tokens are the rows

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['BASE', 'runs_of', 'Difference', 'paired_difference', 'ablation_split', 'ablation_triples', 'ablation_pool',
-           'ablation_run', 'AblationTable', 'setting_difference', 'ablation_table', 'plot_differences', 'plot_by_steps']
+           'ablation_data', 'ablation_run', 'AblationTable', 'setting_difference', 'ablation_table', 'plot_differences',
+           'plot_by_steps']
 
-# %% ../nbs/07_training_ablations.ipynb #ae703763
+# %% ../nbs/07_training_ablations.ipynb #8b28c8ad
 import random
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -111,7 +113,17 @@ def ablation_pool(
         raise ValueError(f"expected {size} passages for the pool, got {len(pool)}; ask for a smaller one")
     return sorted(pool)
 
-# %% ../nbs/07_training_ablations.ipynb #cf906e6b
+# %% ../nbs/07_training_ablations.ipynb #852697bd
+def ablation_data(
+    data: RetrievalDataset,
+    triples: Sequence[Sequence[int]],  # (query, positive, negative, ...), positions in `data`
+) -> TrainingData:  # all passages, and the queries of the triples alone, with every known positive
+    "Triples of a collection as data to train on, without validation."
+    place = {q: i for i, q in enumerate(dict.fromkeys(q for q, *_ in triples))}
+    return TrainingData([data.queries[q] for q in place], data.corpus, [(place[q], *ps) for q, *ps in triples],
+                        {i: list(data.qrels[q]) for q, i in place.items()}, [])
+
+# %% ../nbs/07_training_ablations.ipynb #e2311db3
 def ablation_run(
     data: RetrievalDataset,
     settings: Mapping,  # the names of `BASE`, all of them
@@ -137,20 +149,17 @@ def ablation_run(
     model = ColBERT.from_pretrained(
         minilm_path(), init=settings["init"], sample=data.corpus, query_expansion=settings["query_expansion"],
         query_maxlen=query_maxlen, doc_maxlen=doc_maxlen, device="cpu", seed=seed)
-    place = {q: i for i, q in enumerate(dict.fromkeys(q for q, *_ in rows))}
     if rows:
-        training = TrainingData([data.queries[q] for q in place], data.corpus, [(place[q], *ps) for q, *ps in rows],
-                                {i: list(data.qrels[q]) for q, i in place.items()}, [])
         passed = {name: settings[name] for name in ("epochs", "learning_rate", "dropout", "use_ib_negatives")}
         with tempfile.TemporaryDirectory() as folder:
-            train_colbert(model, training, Path(folder) / "run", batch_size=batch_size, seed=seed, bf16=False, progress=False,
+            train_colbert(model, ablation_data(data, rows), Path(folder) / "run", batch_size=batch_size, seed=seed, bf16=False, progress=False,
                           save_strategy="no", **passed)
     run = search(model, [data.queries[q] for q in test], [data.corpus[p] for p in pool], show_progress=False)
     column = {p: i for i, p in enumerate(pool)}
     table = evaluate(run, {i: {column[p]: g for p, g in data.qrels[q].items()} for i, q in enumerate(test)}, METRICS, per_query=True)
     values = {name: [table[str(i)][name] for i in range(len(test))] for name in METRICS}
     return {"results": {name: round(statistics.fmean(numbers), 4) for name, numbers in values.items()},
-            "per_query": [round(v, 4) for v in values["nDCG@10"]], "queries": test, "training_queries": len(place),
+            "per_query": [round(v, 4) for v in values["nDCG@10"]], "queries": test, "training_queries": len({q for q, *_ in rows}),
             "steps": -(-len(rows) * settings["epochs"] // batch_size), "pool": len(pool)}
 
 # %% ../nbs/07_training_ablations.ipynb #e2b2c924
@@ -195,7 +204,7 @@ def ablation_table(
                               setting_difference(rows, change, reference) if paired else None))
     return table
 
-# %% ../nbs/07_training_ablations.ipynb #8270bd49
+# %% ../nbs/07_training_ablations.ipynb #308d6b7a
 def plot_differences(
     records: Mapping[str, Sequence[Mapping]],  # collection -> its records
     pairs: Mapping[str, tuple[Mapping, Mapping]],  # name -> what the first and the second setting change of `BASE`
@@ -232,14 +241,13 @@ def plot_by_steps(
     from colbert_nb.evaluation import BLUE, GREY, ORANGE, plot_theme
 
     with plot_theme():
-        figure, axes = plt.subplots(1, len(records), figsize=(4 * len(records), 3.2), layout="constrained", squeeze=False)
+        figure, axes = plt.subplots(1, len(records), figsize=(3.6 * len(records), 2.8), layout="constrained", squeeze=False)
         for axis, (collection, rows) in zip(axes[0], records.items()):
-            for number, (name, changes) in enumerate(series.items()):
+            for (name, changes), colour in zip(series.items(), cycle((BLUE, ORANGE, GREY))):
                 runs = [list(found.values()) for change in changes if (found := runs_of(rows, change))]
-                look = {"color": (ORANGE, BLUE, GREY)[number // 2 % 3]}
                 steps, values = [r[0]["steps"] for r in runs], [[one["results"]["nDCG@10"] for one in r] for r in runs]
-                axis.plot(steps, [statistics.fmean(v) for v in values], linestyle=("-", ":")[number % 2], label=name, **look)
-                axis.plot([s for s, v in zip(steps, values) for _ in v], [x for v in values for x in v], ".", alpha=0.6, **look)
+                axis.plot(steps, [statistics.fmean(v) for v in values], color=colour, label=name)
+                axis.plot([s for s, v in zip(steps, values) for _ in v], [x for v in values for x in v], ".", color=colour, alpha=0.6)
             axis.set(title=collection, xlabel="steps of 16 triples", ylabel="nDCG@10" if axis is axes[0][0] else "")
         axes[0][-1].legend(frameon=False)
     plt.close(figure)

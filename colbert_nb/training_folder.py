@@ -146,7 +146,7 @@ def open_run(
             file.write(json.dumps(description, indent=2, sort_keys=True) + "\n")
     return list(checkpoints(run).values())[-1] if checkpoints(run) else None
 
-# %% ../nbs/07_training_folder.ipynb #72a84037
+# %% ../nbs/07_training_folder.ipynb #c035ac5f
 def plot_log(
     run: str | Path,  # the run's folder, of either engine
 ):  # a matplotlib Figure
@@ -165,7 +165,7 @@ def plot_log(
         return axis.plot([row["step"] for row in rows], values, color=colour, label=name.replace("_", " "), **style)
 
     with plot_theme():
-        figure, axes = plt.subplots(1, 3, figsize=(10, 2.8), layout="constrained")
+        figure, axes = plt.subplots(1, 3, figsize=(7.2, 2.8), layout="constrained")
         rate = axes[0].twinx()
         groups = [draw(axes[0], steps, "loss", BLUE) + draw(rate, steps, "learning_rate", ORANGE, linestyle="--"),
                   draw(axes[1], steps, "positive", BLUE) + draw(axes[1], steps, "hardest_negative", ORANGE),
@@ -175,7 +175,7 @@ def plot_log(
         rate.set(yticks=[0, top], yticklabels=["0", f"{top:.0e}"])
         for axis, group in zip(axes, groups):
             axis.set(xlabel="step", visible=bool(group))
-            axis.legend(handles=group, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
+            axis.legend(handles=group, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
             axis.xaxis.get_major_locator().set_params(integer=True)
     plt.close(figure)
     return figure

@@ -6,7 +6,7 @@
 __all__ = ['log', 'OWN_ARGUMENTS', 'Plan', 'plan_steps', 'ShuffledTriples', 'Engine', 'choose_engine', 'validation_pool',
            'validate', 'advise', 'check_settings', 'check_arguments', 'training_arguments']
 
-# %% ../nbs/07_training_plan.ipynb #85861188
+# %% ../nbs/07_training_plan.ipynb #55fdef5f
 import logging
 import math
 import platform
@@ -90,7 +90,7 @@ class ShuffledTriples(Dataset):
             self.epoch, self.order = epoch, torch.randperm(self.n_triples, generator=generator)
         return int(self.order[at])
 
-# %% ../nbs/07_training_plan.ipynb #32306d51
+# %% ../nbs/07_training_plan.ipynb #0ad6aedc
 @dataclass(frozen=True)
 class Engine:
     "What the hardware is asked to do; chosen by what it can do, never by a timing."
@@ -175,7 +175,7 @@ def validate(
     place = {p: i for i, p in enumerate(pool)}
     return evaluate(run, {q: {place[p]: 1 for p in row["positives"]} for q, row in enumerate(validation)}, (metric,))[metric]
 
-# %% ../nbs/07_training_plan.ipynb #dc7c780d
+# %% ../nbs/07_training_plan.ipynb #6f306da4
 def advise(
     *,
     steps: int,
@@ -193,7 +193,7 @@ def advise(
                     "gave 0.02 to 0.11 nDCG@10 more before training and 0.01 to 0.015 more after 25 steps at 5e-5. Try query_expansion=False")
     return said
 
-# %% ../nbs/07_training_plan.ipynb #7f5d266e
+# %% ../nbs/07_training_plan.ipynb #17b8184f
 OWN_ARGUMENTS = {"output_dir": "output_dir", "per_device_train_batch_size": "batch_size", "seed": "seed", "data_seed": "seed",
                  "gradient_accumulation_steps": "accumsteps", "max_steps": "maxsteps", "num_train_epochs": "epochs",
                  "eval_strategy": "data with validation rows", "metric_for_best_model": "validation_metric",

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'NOT_SETTINGS', 'TOKENIZER_SETTINGS', 'kept_memory', 'is_plain', 'train_colbert', 'check_training']
 
-# %% ../nbs/07_training_run.ipynb #0e420099
+# %% ../nbs/07_training_run.ipynb #0b296abd
 import ctypes
 import inspect
 import json
@@ -23,8 +23,8 @@ from .data import TrainingData, load_training_data
 from .encoder import ColBERT
 from .training import TripleCollator
 from .training_folder import BEST, check_output, copy_best, load_weights, open_run, told
-from .training_losses import check_dims, choose_loss
-from .training_plan import (Plan, ShuffledTriples, advise, check_arguments, check_settings, choose_engine, plan_steps,
+from .training_losses import Loss, check_dims, choose_loss
+from .training_plan import (Engine, Plan, ShuffledTriples, advise, check_arguments, check_settings, choose_engine, plan_steps,
                                       training_arguments, validate, validation_pool)
 from .training_scale import check_same, gather_passages, join_processes, on_rank_0
 from .training_step import ColBERTTrainer, Flow, TrainingModule
@@ -50,15 +50,52 @@ def kept_memory(
             libc.mallopt(option, value)
         libc.malloc_trim(0)
 
-# %% ../nbs/07_training_run.ipynb #55429ed3
-def is_plain(model: ColBERT) -> bool:
-    "Whether it was made from a plain encoder and not from a late-interaction checkpoint."
-    return "HF_ColBERT" not in (model.encoder.config.architectures or ())
-
-
+# %% ../nbs/07_training_run.ipynb #3365e480
 NOT_SETTINGS = ("resume", "overwrite", "keep", "callbacks", "progress", "tokenize_ahead", "keep_memory")
 TOKENIZER_SETTINGS = ("query_maxlen", "doc_maxlen", "mask_punctuation", "attend_to_mask_tokens", "query_expansion",
                       "skip_punctuation_before_encoding")  # those of `ColBERT.from_pretrained`
+
+
+def _description(model: ColBERT, data: TrainingData, loss: Loss, options: dict, engine: Engine, plan: Plan) -> dict:
+    "What `run.json` says of a run; it goes on only with the same settings and data."
+    settings = {k: v for k, v in options.items() if k not in NOT_SETTINGS} | {"dim": model.linear.out_features, "loss": loss.name}
+    settings |= {name: getattr(model.tokenizer, name) for name in (*TOKENIZER_SETTINGS, "skiplist_words")}
+    return {"format": "colbert_nb run", "version": 1, "settings": json.loads(json.dumps(settings, default=str)),
+            "data": {"triples": len(data.triples), "sha256": data.fingerprint()}, "engine": asdict(engine), "plan": asdict(plan)}
+
+
+def _train(trainer: ColBERTTrainer, engine: Engine, checkpoint: Path | None, bar: tqdm) -> int:
+    "Train to the end and copy the best checkpoint, whose step comes back; but for its weights the model is left as it was."
+    module, run = trainer.model, trainer.run
+    model = module.model
+    attention = model.encoder.config._attn_implementation
+    try:
+        with told(run), kept_memory(engine.keep_memory):
+            model.encoder.set_attn_implementation(engine.attn_implementation)
+            trainer.go_on(checkpoint)
+            best = trainer.state.best_global_step or trainer.state.global_step
+            on_rank_0(lambda: copy_best(run, best))
+    finally:
+        trainer.close()
+        bar.close()
+        model.encoder.set_attn_implementation(attention)
+        module.restore()
+        model.eval()
+    return best
+
+
+def _say_best(trainer: ColBERTTrainer, best: int) -> None:
+    "Log which step was the best; warn where validation was perfect before the end, and so could tell nothing more."
+    metric, value, last = trainer.args.metric_for_best_model, trainer.state.best_metric, trainer.state.global_step
+    log.info("the best of %s is step %d%s", trainer.run, best, "" if value is None else f": {metric} {value:.3f}")
+    if value == 1 and best < last and trainer.args.process_index == 0:
+        log.warning("%s is 1 from step %d of %d on, so validation cannot tell later checkpoints apart, and the earliest is returned; "
+                    "hold out more queries, or let them rank more passages (validation_passages)", metric, best, last)
+
+# %% ../nbs/07_training_run.ipynb #04bed2d2
+def is_plain(model: ColBERT) -> bool:
+    "Whether it was made from a plain encoder and not from a late-interaction checkpoint."
+    return "HF_ColBERT" not in (model.encoder.config.architectures or ())
 
 
 def train_colbert(
@@ -96,8 +133,9 @@ def train_colbert(
     callbacks: Sequence[TrainerCallback] = (),
     progress: bool | None = None,  # None: a bar on a terminal
     **training_args,  # anything else of `transformers.TrainingArguments`, such as report_to="tensorboard"
-) -> Path:  # the folder of the best checkpoint by validation; the last one where there is no validation
-    """Train on triples and return the best checkpoint, a complete one in colbert-ai's format.
+) -> Path:  # the folder of the best checkpoint by validation, the earliest of equals; the last one where there is no validation
+    """Train on triples and return the best checkpoint, a complete one in colbert-ai's format. A validation that is perfect before the
+    last step cannot tell later checkpoints apart, which is logged as a warning.
 
     Raises ValueError for sizes, triples or settings that cannot be meant and for a folder that holds something else,
     FloatingPointError when the loss is not finite, and OSError when the disk is full; both name the last good checkpoint."""
@@ -118,10 +156,7 @@ def train_colbert(
     collator = TripleCollator(data, model.tokenizer, use_ib_negatives, chunk_size=chosen.chunk_size,
                               world_size=processes.world_size, rank=processes.rank)
     collator.check_negatives()
-    settings = {k: v for k, v in options.items() if k not in NOT_SETTINGS} | {"dim": model.linear.out_features, "loss": loss.name}
-    settings |= {name: getattr(model.tokenizer, name) for name in (*TOKENIZER_SETTINGS, "skiplist_words")}
-    description = {"format": "colbert_nb run", "version": 1, "settings": json.loads(json.dumps(settings, default=str)),
-                   "data": {"triples": len(data.triples), "sha256": data.fingerprint()}, "engine": asdict(chosen), "plan": asdict(plan)}
+    description = _description(model, data, loss, options, chosen, plan)
     check_same({part: description[part] for part in ("settings", "data")})
     checkpoint, finished = on_rank_0(lambda: (open_run(run, description, resume=resume, overwrite=overwrite), (run / BEST).is_dir()))
     if finished:
@@ -150,7 +185,6 @@ def train_colbert(
         with torch.autocast(model.device.type, torch.bfloat16, enabled=chosen.bf16):
             return validate(model, data.validation, data.corpus, pool, validation_metric, batch_size=2 * chosen.chunk_size)
 
-    attention = model.encoder.config._attn_implementation
     bar = tqdm(unit="step", disable=True if processes.rank else None if progress is None else not progress)
     stop = [EarlyStoppingCallback(early_stopping_patience)] if early_stopping_patience else []
     several = processes.world_size > 1
@@ -158,20 +192,9 @@ def train_colbert(
     trainer = ColBERTTrainer(
         module, args, collator, triples, data.validation or None, loss=loss, validate=validation_value, keep=keep,
         tokenize_ahead=tokenize_ahead, mini_batch_size=mini_batch_size, callbacks=[Flow(bar), *stop, *callbacks])
-    try:
-        with told(run), kept_memory(chosen.keep_memory):
-            model.encoder.set_attn_implementation(chosen.attn_implementation)
-            trainer.go_on(checkpoint)
-            best = trainer.state.best_global_step or trainer.state.global_step
-            on_rank_0(lambda: copy_best(run, best))
-    finally:
-        trainer.close()
-        bar.close()
-        model.encoder.set_attn_implementation(attention)
-        module.restore()
-        model.eval()
+    best = _train(trainer, chosen, checkpoint, bar)
     load_weights(model, run / BEST)
-    log.info("the best of %s is step %d%s", run, best, f": {validation_metric} {trainer.state.best_metric:.3f}" if data.validation else "")
+    _say_best(trainer, best)
     return run / BEST
 
 # %% ../nbs/07_training_run.ipynb #03c8c636

@@ -30,7 +30,7 @@ from .training import Target, score_chunks
 from .training_folder import LOG_FILE, STATE, checkpoints, cut_log, last_good, load_weights
 from .training_scale import cached_step, on_rank_0, score_blocks
 
-# %% ../nbs/07_training_step.ipynb #beb369a1
+# %% ../nbs/07_training_step.ipynb #799a8712
 def whole_gradient(weight: Tensor) -> None:
     "A gradient of rows becomes one of the whole table, as clipping and the optimizer want it; later rows are added to it in place."
     if weight.grad.is_sparse:
@@ -51,7 +51,7 @@ class TrainingModule(nn.Module):
         super().__init__()
         self.model, self.dropout, self.dims, self.gather = model, dropout, (None, *dims), gather
         self.tables = [module for module in model.modules() if row_gradients and isinstance(module, nn.Embedding)
-                       and module.num_embeddings > 4096 and not module.sparse]
+                       and module.num_embeddings > 4096 and not module.sparse and module.weight.requires_grad]
         for table in self.tables:
             table.sparse = True
         self.hooks = [table.weight.register_post_accumulate_grad_hook(whole_gradient) for table in self.tables]
@@ -124,29 +124,9 @@ class Flow(TrainerCallback):
         control.should_log |= control.should_save
         self.bar.update()
 
-# %% ../nbs/07_training_step.ipynb #c6bf26d6
-class ColBERTTrainer(Trainer):
-    "`transformers.Trainer` with late interaction's loss, its validation, and checkpoints that every ColBERT loader reads."
-
-    def __init__(
-        self,
-        model: TrainingModule,
-        *args,
-        loss: Callable[[Tensor, Target], Tensor],  # (queries, passages) scores to a value a query
-        validate: Callable[[], float] | None = None,  # gives the validation metric of the model as it is
-        keep: int = 2,  # checkpoints kept beside the best
-        tokenize_ahead: bool = True,  # the next step's batches are made while this step runs
-        mini_batch_size: int | None = None,  # triples encoded with gradients at a time; None: all of a part
-        **kwargs,
-    ):
-        super().__init__(model, *args, **kwargs)
-        set_seed(self.args.seed + self.args.process_index)
-        self.mini_batch_size = mini_batch_size
-        self.run, self.validate, self.keep, self.seen = Path(self.args.output_dir), validate, keep, []
-        self.tokenize_ahead, self.ahead = tokenize_ahead, None
-        self.loss = loss
-        self.loss_is_scaled_for_ga = True
-        self.remove_callback(PrinterCallback)
+# %% ../nbs/07_training_step.ipynb #b3c4d9ba
+class _Batches(Trainer):
+    "Batches of row numbers in the data set's own order, made ahead of the step."
 
     def get_train_dataloader(self) -> DataLoader:
         "Whole batches of row numbers in the data set's own order, in every process alike; the collator takes each process's share."
@@ -173,6 +153,10 @@ class ColBERTTrainer(Trainer):
                               [part.to(device) for part in value] if isinstance(value, list) else value.to(device))
         return {name: move(value) for name, value in inputs.items() if name in ("queries", "documents", "places", "target")} | {
             "shares": inputs["shares"]}
+
+# %% ../nbs/07_training_step.ipynb #5a794b15
+class _Losses(_Batches):
+    "Late interaction's loss of a part, in one forward call or by `cached_step`."
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         "The loss of a part whose score matrices come out of one forward call."
@@ -207,6 +191,10 @@ class ColBERTTrainer(Trainer):
         there = others > -torch.inf
         self.seen.append(torch.stack([best.sum(), others.masked_fill(~there, 0.0).sum(), best.new_tensor(len(best)), there.sum()]))
 
+# %% ../nbs/07_training_step.ipynb #5c37f185
+class _Log(_Losses):
+    "One validation metric, and a log in the run's folder."
+
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         metrics = {f"eval_{self.args.metric_for_best_model}": on_rank_0(self.validate)}
         self.log(metrics)
@@ -228,6 +216,10 @@ class ColBERTTrainer(Trainer):
             with open(self.run / LOG_FILE, "a", encoding="utf-8", newline="\n") as file:
                 file.write(json.dumps(line) + "\n")
         super().log(logs, start_time)
+
+# %% ../nbs/07_training_step.ipynb #a6d10d85
+class _Checkpoints(_Log):
+    "Checkpoints that every ColBERT loader reads, and a run that goes on from one."
 
     def _save_checkpoint(self, model, trial) -> None:
         "A checkpoint, written by process 0 with the random states of all."
@@ -273,3 +265,27 @@ class ColBERTTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         "The trainer's state lies in a subfolder of the checkpoint; the weights are one folder up."
         load_weights(self.model.model, Path(resume_from_checkpoint).parent)
+
+# %% ../nbs/07_training_step.ipynb #5e4a8e48
+class ColBERTTrainer(_Checkpoints):
+    "`transformers.Trainer` with late interaction's loss, its validation, and checkpoints that every ColBERT loader reads."
+
+    def __init__(
+        self,
+        model: TrainingModule,
+        *args,
+        loss: Callable[[Tensor, Target], Tensor],  # (queries, passages) scores to a value a query
+        validate: Callable[[], float] | None = None,  # gives the validation metric of the model as it is
+        keep: int = 2,  # checkpoints kept beside the best
+        tokenize_ahead: bool = True,  # the next step's batches are made while this step runs
+        mini_batch_size: int | None = None,  # triples encoded with gradients at a time; None: all of a part
+        **kwargs,
+    ):
+        super().__init__(model, *args, **kwargs)
+        set_seed(self.args.seed + self.args.process_index)
+        self.mini_batch_size = mini_batch_size
+        self.run, self.validate, self.keep, self.seen = Path(self.args.output_dir), validate, keep, []
+        self.tokenize_ahead, self.ahead = tokenize_ahead, None
+        self.loss = loss
+        self.loss_is_scaled_for_ga = True
+        self.remove_callback(PrinterCallback)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from colbert_nb.corpus import RetrievalDataset
-from colbert_nb.training_ablations import (BASE, ablation_pool, ablation_split, ablation_table, ablation_triples, paired_difference,
+from colbert_nb.training_ablations import (BASE, ablation_data, ablation_pool, ablation_split, ablation_table, ablation_triples, paired_difference,
                                            runs_of, setting_difference)
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +44,14 @@ def test_triples_never_hold_a_positive_as_a_negative(mined):
     assert len(rows) == 24 and len({(q, p) for q, p, _ in rows}) == 24
     assert all(p in data.qrels[q] and n not in data.qrels[q] for q, p, n in rows)
     assert ablation_triples(data, list(range(12)), 5, 3, mined) == rows[:5]
+
+
+def test_training_data_have_the_queries_of_the_triples_and_all_their_positives():
+    data = collection()
+    training = ablation_data(data, rows := ablation_triples(data, [7, 2, 5], 4, 3))
+    assert training.queries == ["query 7", "query 2", "query 5"][:len(training.queries)] and training.corpus == data.corpus
+    assert [(int(training.queries[q].split()[1]), p, n) for q, p, n in training.triples.tolist()] == rows
+    assert all(training.positives[i].tolist() == list(data.qrels[int(query.split()[1])]) for i, query in enumerate(training.queries))
 
 
 def test_more_triples_than_there_are_is_refused():

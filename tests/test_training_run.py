@@ -80,6 +80,28 @@ def test_the_best_checkpoint_is_returned_and_two_more_are_kept(encoder, data, tm
     assert steps[0] == 0.1 and steps[4] == 0.9
 
 
+@pytest.mark.parametrize("value, warned", [(1.0, True), (0.5, False)])
+def test_of_equals_the_earliest_is_returned_and_a_perfect_validation_warned_of(encoder, data, tmp_path, monkeypatch, caplog, value, warned):
+    values = iter([0.1, 0.2, *[value] * 10])
+    monkeypatch.setattr("colbert_nb.training_run.validate", lambda *args, **kwargs: next(values))
+    best = train_colbert(fresh(encoder), data, tmp_path / "run", **OPTIONS)
+    steps = {line["step"]: line["nDCG@10"] for line in read_log(tmp_path / "run") if "nDCG@10" in line}
+    first = min(step for step in steps if steps[step] == value)
+    assert difference(weights(best), weights(tmp_path / "run" / f"checkpoint-{first}")) == 0
+    assert any("hold out more queries" in line and f"from step {first} of 11" in line for line in caplog.messages) == warned
+
+
+def test_a_word_table_that_does_not_learn_stays_as_it_is(encoder, data, tmp_path):
+    "On a CPU the gradients of large tables are collected by rows, for tables that learn."
+    model = fresh(encoder)
+    start = torch.nn.functional.pad(model.encoder.embeddings.word_embeddings.weight.detach(), (0, 0, 0, 5000))
+    model.encoder.embeddings.word_embeddings = torch.nn.Embedding.from_pretrained(start.clone(), freeze=True)
+    model.encoder.config.vocab_size = len(start)
+    before = model.linear.weight.detach().clone()
+    train_colbert(model, data, tmp_path / "run", maxsteps=2, **OPTIONS)
+    assert torch.equal(model.encoder.embeddings.word_embeddings.weight, start) and not torch.equal(model.linear.weight, before)
+
+
 def test_without_validation_the_last_checkpoint_is_the_best(encoder, data, tmp_path):
     data.validation.clear()
     best = train_colbert(fresh(encoder), data, tmp_path / "run", **OPTIONS)
