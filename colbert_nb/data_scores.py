@@ -7,12 +7,12 @@ __all__ = ['logger', 'SLAB', 'score_triples']
 
 # %% ../nbs/05_data_scores.ipynb #c1316394
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .calls import hide_bar
 from .data_files import TrainingData, _manifest, check_folder, export_training_data, load_training_data
 from .data_triples import check_triples
 
@@ -59,7 +59,7 @@ def score_triples(
     out: str | Path | None = None,     # the folder to write; None: the one that was read
     batch_size: int = 32,              # pairs scored together
     device: Any = None,                # of a model given by name; None: sentence-transformers' choice
-    show_progress: bool | None = None,  # None: on a terminal only
+    show_progress: bool | None = None,  # None: on a terminal and in a notebook
 ) -> TrainingData:  # the same rows with `scores`
     "Raw scores of every (query, passage) of the rows, each distinct pair asked for once. Raises `ValueError` before a model is loaded."
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
@@ -76,8 +76,7 @@ def score_triples(
     found, order = np.empty(len(keys), np.float32), np.argsort(-_lengths(data, keys), kind="stable")
     from tqdm import tqdm
 
-    hidden = None if show_progress is None else not show_progress
-    with tqdm(total=len(keys), unit="pair", disable=not sys.stderr.isatty() if hidden is None else hidden) as bar:
+    with tqdm(total=len(keys), unit="pair", disable=hide_bar(show_progress)) as bar:
         for start in range(0, len(keys), SLAB):
             part = order[start:start + SLAB]
             pairs = [(data.queries[q], data.corpus[p]) for q, p in zip(*(a.tolist() for a in np.divmod(keys[part], n_passages)))]
