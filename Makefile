@@ -32,8 +32,9 @@ test: $(VENV)/.installed
 interop: $(VENV)/.installed
 	$(BIN)/python tests/interop/run.py $(if $(TRAINED),--trained $(TRAINED))
 
+# tqdm misses ipywidgets and says so in the first cell that imports it; its bars are plain text without, which is what a notebook can keep
 lab: $(VENV)/.installed
-	$(BIN)/jupyter lab nbs
+	PYTHONWARNINGS="$${PYTHONWARNINGS-ignore:IProgress not found}" $(BIN)/jupyter lab nbs
 
 docs: $(VENV)/.installed
 	$(BIN)/python scripts/site_build.py

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from .calls import hide_bar
 from .colbert_ai_mends import put, upstream_on_this_machine
 from .data import TrainingData, load_training_data
 from .data_files import CORPUS, QUERIES, TRIPLES, clean_text
@@ -155,7 +156,7 @@ def train_with_colbert_ai(
     distillation_alpha: float = 1.0,  # teacher scores are multiplied by it
     ignore_scores: bool = False,  # train on the positives alone where there are teacher scores
     amp: bool | None = None,  # half precision; None: on CUDA, as colbert-ai does
-    progress: bool | None = None,  # None: a bar on a terminal
+    progress: bool | None = None,  # None: a bar on a terminal or in a notebook
 ) -> Path:  # the folder `best` of the run: the last checkpoint, in the format of ours
     """colbert-ai's own `Trainer` (0.2.22), in this process; the log and the checkpoint are a run folder's.
 
@@ -182,7 +183,7 @@ def train_with_colbert_ai(
     try:
         start = write_start(model, own / "start", dropout)
         paths = write_inputs(own, data, order, nway)
-        with upstream_on_this_machine(), tqdm(total=steps, unit="step", disable=None if progress is None else not progress) as bar:
+        with upstream_on_this_machine(), tqdm(total=steps, unit="step", disable=hide_bar(progress)) as bar:
             from colbert import Trainer
             from colbert.infra import ColBERTConfig, Run, RunConfig
             amp = torch.cuda.is_available() if amp is None else amp

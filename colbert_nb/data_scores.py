@@ -7,12 +7,12 @@ __all__ = ['logger', 'SLAB', 'score_triples']
 
 # %% ../nbs/05_data_scores.ipynb #c1316394
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .calls import hide_bar
 from .data_files import TrainingData, _manifest, check_folder, export_training_data, load_training_data
 from .data_triples import check_triples
 
@@ -57,12 +57,12 @@ def _lengths(data: TrainingData, keys: np.ndarray) -> np.ndarray:
     queries, passages = (np.fromiter(map(len, texts), np.int64, len(texts)) for texts in (data.queries, data.corpus))
     return queries[keys // len(data.corpus)] + passages[keys % len(data.corpus)]
 
-def _ask(teacher: Any, data: TrainingData, keys: np.ndarray, batch_size: int, show_progress: bool) -> np.ndarray:
+def _ask(teacher: Any, data: TrainingData, keys: np.ndarray, batch_size: int, hidden: bool) -> np.ndarray:
     "The score of each pair, the longest asked for first."
     from tqdm import tqdm
 
     found, order = np.empty(len(keys), np.float32), np.argsort(-_lengths(data, keys), kind="stable")
-    with tqdm(total=len(keys), unit="pair", disable=not show_progress) as bar:
+    with tqdm(total=len(keys), unit="pair", disable=hidden) as bar:
         for start in range(0, len(keys), SLAB):
             part = order[start:start + SLAB]
             queries, passages = (numbers.tolist() for numbers in np.divmod(keys[part], len(data.corpus)))
@@ -78,7 +78,7 @@ def score_triples(
     out: str | Path | None = None,     # the folder to write; None: the one that was read
     batch_size: int = 32,              # pairs scored together
     device: Any = None,                # of a model given by name; None: sentence-transformers' choice
-    show_progress: bool | None = None,  # None: on a terminal only
+    show_progress: bool | None = None,  # None: on a terminal and in a notebook
 ) -> TrainingData:  # the same rows with `scores`
     "Raw scores of every (query, passage) of the rows, each distinct pair asked for once. Raises `ValueError` before a model is loaded."
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
@@ -93,7 +93,7 @@ def score_triples(
     inside, n_passages = data.triples[:, 1:] >= 0, len(data.corpus)
     keys, place = np.unique((data.triples[:, :1].astype(np.int64) * n_passages + data.triples[:, 1:])[inside], return_inverse=True)
     scores = np.full(inside.shape, np.nan, np.float32)
-    scores[inside] = _ask(teacher, data, keys, batch_size, sys.stderr.isatty() if show_progress is None else show_progress)[place]
+    scores[inside] = _ask(teacher, data, keys, batch_size, hide_bar(show_progress))[place]
     logger.info("%s scored %d pairs of %d rows", name, len(keys), len(data.triples))
     if out is None: return TrainingData(data.queries, data.corpus, data.triples, data.positives, data.validation, scores)
     settings = (source and _manifest(source) or {}).get("settings", {}) | {"teacher": name}

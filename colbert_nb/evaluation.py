@@ -12,7 +12,8 @@ import json
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -282,13 +283,17 @@ def save_results(
 # %% ../nbs/08_evaluation.ipynb #8d036262
 GREY, BLUE, ORANGE = "#808080", "#3b7dd8", "#e8772e"   # they read well on a light and on a dark page
 
-def plot_theme():
+@contextmanager
+def plot_theme() -> Iterator[None]:
     "Grey text on a transparent ground, for the length of a `with`."
     import matplotlib.pyplot as plt
     colours = {f"{part}color": GREY for part in ("text.", "axes.label", "axes.title", "axes.edge", "xtick.", "ytick.")}
-    return plt.rc_context(colours | {"figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none", "font.size": 9,
-                                     "axes.spines.left": False, "axes.spines.right": False, "axes.spines.top": False,
-                                     "axes.spines.bottom": False, "xtick.major.size": 0, "ytick.major.size": 0})
+    with plt.rc_context(colours | {"figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none", "font.size": 9,
+                                   "axes.spines.left": False, "axes.spines.right": False, "axes.spines.top": False,
+                                   "axes.spines.bottom": False, "xtick.major.size": 0, "ytick.major.size": 0}):
+        yield
+        interactive = plt.isinteractive()
+    (plt.ion if interactive else plt.ioff)()  # a notebook switches it on with its first figure, and the context would undo that
 
 def plot_results(
     results: Mapping[str, Mapping[str, float]],  # system -> metric -> value

@@ -101,7 +101,7 @@ def explained(error: Exception, api: HfApi, repo: str) -> HubError:
     new.__cause__ = error
     return without_token(new, api.token)
 
-
+# %% ../nbs/09_hub_errors.ipynb #da1359da
 def _forbidden(error: Exception, api: HfApi, repo: str, owner: str) -> HubError:
     "Which of the common reasons a 403 has: the Hub is asked who we are."
     try:

@@ -9,7 +9,6 @@ __all__ = ['log', 'HARD_NEGATIVE_MODELS', 'PROMPTS', 'hard_negative_model_name',
 # %% ../nbs/06_mining.ipynb #fab06b02
 import logging
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .calls import check_texts, hide_bar
 from .mining_index import ExactIndex, VoyagerIndex, make_index
 from .mining_rules import (MiningRules, PairScores, Verdict, choose, cross_encoder_scores, dense_scores, flat_positives,
                                      judge, rank_window, text_keys)
@@ -90,7 +90,7 @@ class Miner:
         name: str,  # what mines, for the record that training data keeps
         *,
         cross_encoder: "CrossEncoder | str | Path | None" = None,  # for the rules that ask one: a model, its name or its folder
-        show_progress: bool | None = None,  # None: on a terminal only
+        show_progress: bool | None = None,  # None: on a terminal and in a notebook
         **rules,  # any of `MiningRules` but `n`: min_rank=10, max_rank=110, sampling="random", seed=42, ...
     ):
         if "n" in rules:
@@ -99,7 +99,7 @@ class Miner:
         if self.rules.asks("cross_") != (cross_encoder is not None):
             raise ValueError(f"expected cross_encoder= and a rule that asks it, such as cross_encoder_max_score=, or neither; "
                              f"got {cross_encoder!r} and {self.rules}.")
-        self.show_progress = sys.stderr.isatty() if show_progress is None else show_progress
+        self.show_progress = not hide_bar(show_progress)
         self.settings = {"model": name} | {rule: value for rule, value in asdict(self.rules).items() if rule != "n" and value is not None}
         self.corpus: list[str] | None = None
         self.verdict: Verdict | None = None  # what the rules made of each candidate in the last `mine`
@@ -112,8 +112,6 @@ class Miner:
         n_queries: int | None = None,  # how many are going to be asked, where that is known: `index="auto"` goes by it
     ) -> "Miner":
         "Index the passages; nothing is done twice for the same list and model. ValueError for an empty list and what is not text."
-        from colbert_nb.encoder import check_texts
-
         corpus = check_texts(corpus, "passage")
         if not corpus:
             raise ValueError("expected passages to mine from, got an empty corpus.")
@@ -129,8 +127,6 @@ class Miner:
         k: int,  # passages a query; the whole corpus where it is smaller
     ) -> tuple[np.ndarray, np.ndarray]:  # ids int64 and scores float32, (n_queries, k), best first; -1 where there is none
         "The best passages of each query. ValueError before `fit`."
-        from colbert_nb.encoder import check_texts
-
         if self.corpus is None:
             raise ValueError("nothing is indexed yet: call fit(corpus) before search.")
         return self._rank(self._read(check_texts(queries, "query")), min(k, len(self.corpus)))
@@ -145,8 +141,6 @@ class Miner:
         chunk_size: int = 4096,  # queries searched at once
     ) -> dict[int, list[int]]:  # query position -> passage positions, nearest first
         "Up to `n` hard negatives a query, as the rules allow; who gets fewer is logged, and held in `short_queries`. ValueError."
-        from colbert_nb.encoder import check_texts
-
         rules, queries = replace(self.rules, n=n), check_texts(queries, "query")
         known, relevant = flat_positives(positives, len(queries), len(corpus))
         self.fit(corpus, len(queries))

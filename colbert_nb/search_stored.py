@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .calls import hide_bar
 from .files import whole_folder
 from .mining_vectors import texts_key, weights_key
 from .search_files import IndexFiles, in_use
@@ -114,7 +115,7 @@ class StoredIndex:
         overwrite: bool = False,           # replace the passages of an index that has some, all of them in one step at the end
         batch_size: int = 32,              # passages encoded at a time
         slab: int = 1024,                  # passages written at a time, and lost at most when the run is stopped
-        show_progress: bool | None = None,  # None: a bar on a terminal, after three seconds
+        show_progress: bool | None = None,  # None: a bar on a terminal or in a notebook, after three seconds
     ) -> "StoredIndex":
         "Fill the index. Stopped and called again with the same documents, it goes on. Bad rows and a full index are a `ValueError`."
         if len(self) and not overwrite:
@@ -156,8 +157,7 @@ class StoredIndex:
         self._check_model(self._files, identity)
         run = self._files.begin(texts_key(documents, texts_key(ids)), generation)
         if run["done"]: log.info("%s: %d of %d passages are there from a run that was stopped", self.path, run["done"], len(documents))
-        hide = None if show_progress is None else not show_progress
-        with tqdm(total=len(documents), initial=run["done"], unit="document", disable=hide, delay=0 if show_progress else 3) as bar:
+        with tqdm(total=len(documents), initial=run["done"], unit="document", disable=hide_bar(show_progress), delay=0 if show_progress else 3) as bar:
             for start in range(run["done"], len(documents), slab):
                 some, names = documents[start:start + slab], ids[start:start + slab]
                 vectors, counts = self.model.encode_documents(some, batch_size=batch_size, show_progress=False, packed=True)

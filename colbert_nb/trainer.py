@@ -230,7 +230,7 @@ class RAGTrainer:
         overwrite: bool = False,  # replace a run of this name
         seed: int = 42,
         keep: int = 2,  # checkpoints kept beside the best
-        progress: bool | None = None,  # None: a bar on a terminal
+        progress: bool | None = None,  # None: a bar on a terminal or in a notebook
         **training_args,  # anything else of `train_colbert`, such as callbacks, and of `transformers.TrainingArguments`
     ) -> Path:  # the best checkpoint
         "Train on the prepared data. ValueError without data, and errors as in `colbert_nb.training_run.train_colbert`."

@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, TrainerCallback
 
+from .calls import hide_bar
 from .data import TrainingData, load_training_data
 from .encoder import ColBERT
 from .training import TripleCollator
@@ -131,7 +132,7 @@ def train_colbert(
     validation_passages: int | str = "auto",  # passages that validation ranks; "auto": as many as a tenth of training encodes, 500 at least
     early_stopping_patience: int | None = None,  # stop after this many validations without a better value; None: never
     callbacks: Sequence[TrainerCallback] = (),
-    progress: bool | None = None,  # None: a bar on a terminal
+    progress: bool | None = None,  # None: a bar on a terminal or in a notebook
     **training_args,  # anything else of `transformers.TrainingArguments`, such as report_to="tensorboard"
 ) -> Path:  # the folder of the best checkpoint by validation, the earliest of equals; the last one where there is no validation
     """Train on triples and return the best checkpoint, a complete one in colbert-ai's format. A validation that is perfect before the
@@ -185,7 +186,7 @@ def train_colbert(
         with torch.autocast(model.device.type, torch.bfloat16, enabled=chosen.bf16):
             return validate(model, data.validation, data.corpus, pool, validation_metric, batch_size=2 * chosen.chunk_size)
 
-    bar = tqdm(unit="step", disable=True if processes.rank else None if progress is None else not progress)
+    bar = tqdm(unit="step", disable=bool(processes.rank) or hide_bar(progress))
     stop = [EarlyStoppingCallback(early_stopping_patience)] if early_stopping_patience else []
     several = processes.world_size > 1
     module = TrainingModule(model, dropout, dims, gather_passages if several else None, row_gradients=model.device.type == "cpu" and not several)

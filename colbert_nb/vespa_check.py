@@ -141,12 +141,8 @@ def declared(type_: str) -> Tensor:
     return Tensor((mapped, indexed), np.ones((2, int(size)), np.int8 if cell == "int8" else np.float32), frozenset([indexed]))
 
 
-def check_schema(
-    text: str,  # of a .sd file
-    components: Sequence[str] = ("colbert",),  # ids of the embedders in services.xml
-) -> dict[str, Calculator]:  # rank profile -> what computes its expressions
-    "Raises ValueError for text that the grammar has not, for a name that is not declared, for an expression that gives no number."
-    schema = parse_schema(text)
+def _features(schema: Block, components: Sequence[str]) -> dict[str, Tensor]:
+    "What the document and the fields offer to every rank profile, by the names that expressions use."
     documents = schema.of("document")
     if [d.name for d in documents] != [schema.name]:
         raise ValueError(f"expected one document of the schema's name {schema.name}, got {', '.join(d.name for d in documents) or 'none'}")
@@ -161,21 +157,35 @@ def check_schema(
     for name in ", ".join(f.values.get("fields", "") for f in schema.of("fieldset")).split(", "):
         if name and "index" not in texts.get(name, documents[0]).values.get("indexing", ""):
             raise ValueError(f"fieldset: expected fields that are indexed, of {', '.join(texts)}, got {name}")
-    profiles: dict[str, Calculator] = {"default": Calculator(features)}
+    return features
+
+
+def _profile(block: Block, name: str, base: Calculator) -> Calculator:
+    "A rank profile on top of the one that it inherits, each of its expressions computed once."
+    inputs = {key: declared(value) for part in block.of("inputs") for key, value in part.values.items()}
+    functions = {part.name[:-2]: part.values.get("expression", "") for part in block.of("function")}
+    calculator = Calculator({**base.features, **inputs}, {**base.functions, **functions})
+    phases = [part.values.get("expression", "") for kind in ("first-phase", "second-phase") for part in block.of(kind)]
+    for expression in [*functions.values(), *phases, *block.values.get("match-features", "").split()]:
+        try:
+            value = calculator.calculate(expression)
+        except ValueError as error:
+            raise ValueError(f"rank-profile {name}, {expression!r}: {error}") from error
+        if value.dims and expression not in functions.values():
+            raise ValueError(f"rank-profile {name}, {expression!r}: expected a number, got a tensor over {', '.join(value.dims)}")
+    return calculator
+
+
+def check_schema(
+    text: str,  # of a .sd file
+    components: Sequence[str] = ("colbert",),  # ids of the embedders in services.xml
+) -> dict[str, Calculator]:  # rank profile -> what computes its expressions
+    "Raises ValueError for text that the grammar has not, for a name that is not declared, for an expression that gives no number."
+    schema = parse_schema(text)
+    profiles = {"default": Calculator(_features(schema, components))}
     for block in schema.of("rank-profile"):
         name, _, parent = block.name.partition(" inherits ")
         if parent and parent not in profiles:
             raise ValueError(f"rank-profile {name}: expected a profile above it to inherit, of {', '.join(profiles)}, got {parent}")
-        base = profiles[parent] if parent else profiles["default"]
-        inputs = {key: declared(value) for part in block.of("inputs") for key, value in part.values.items()}
-        functions = {part.name[:-2]: part.values.get("expression", "") for part in block.of("function")}
-        profiles[name] = calculator = Calculator({**base.features, **inputs}, {**base.functions, **functions})
-        phases = [part.values.get("expression", "") for kind in ("first-phase", "second-phase") for part in block.of(kind)]
-        for expression in [*functions.values(), *phases, *block.values.get("match-features", "").split()]:
-            try:
-                value = calculator.calculate(expression)
-            except ValueError as error:
-                raise ValueError(f"rank-profile {name}, {expression!r}: {error}") from error
-            if value.dims and expression not in functions.values():
-                raise ValueError(f"rank-profile {name}, {expression!r}: expected a number, got a tensor over {', '.join(value.dims)}")
+        profiles[name] = _profile(block, name, profiles[parent or "default"])
     return profiles

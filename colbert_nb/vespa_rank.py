@@ -37,7 +37,7 @@ def join(a: Tensor, b: Tensor, sign: str) -> Tensor:
     function = {"+": np.add, "-": np.subtract, "*": np.multiply, "/": np.divide}[sign]
     return Tensor(dims, function(a.over(dims), b.over(dims)), a.indexed | b.indexed)
 
-
+# %% ../nbs/11_vespa_rank.ipynb #693d818f
 def reduce(a: Tensor, how: str, dims: Sequence[str]) -> Tensor:
     "Vespa's reduce along `dims`, along all where there are none. Raises ValueError for a dimension that is not there."
     if missing := [d for d in dims if d not in a.dims]:

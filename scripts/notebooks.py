@@ -9,6 +9,7 @@ import argparse
 import base64
 import json
 import logging
+import os
 import re
 import sys
 import time
@@ -18,6 +19,7 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
 log = logging.getLogger("notebooks")
+NO_WIDGETS = "ignore:IProgress not found"  # tqdm misses ipywidgets, without which its bars are plain text: they can be stored
 
 
 def directives(cell) -> set[str]:
@@ -31,11 +33,12 @@ def execute(nb, folder: Path, timeout: int = 1800, on_cell=None) -> None:
 
     live = nbformat.from_dict({**nb, "cells": [c for c in nb.cells if "eval: false" not in directives(c)]})
     client = NotebookClient(live, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(folder)}},
-                            extra_arguments=["--log-level=ERROR"], log_level=logging.WARNING)
+                            extra_arguments=["--log-level=ERROR"], log_level=logging.WARNING,
+                            coalesce_streams=True)  # of a progress bar the last drawing stays, one line
     if on_cell:
         client.on_cell_start = on_cell
     try:
-        client.execute()
+        client.execute(env={"PYTHONWARNINGS": NO_WIDGETS, **os.environ})
     finally:
         done = iter(live.cells)
         nb.cells = [c if "eval: false" in directives(c) else next(done) for c in nb.cells]
