@@ -18,6 +18,7 @@ def check_texts(
     if isinstance(texts, str):
         raise ValueError(f"expected a list of texts, got one string {texts[:40]!r}; write [text]")
     texts = list(texts)
+    if set(map(type, texts)) <= {str} and all(map(str.isascii, texts)): return texts  # nothing to look for
     for row, text in enumerate(texts):
         if not isinstance(text, str):
             raise ValueError(f"expected {kind} {row} to be a string, got {type(text).__name__}: {text!r:.40}")
