@@ -140,17 +140,18 @@ def recall(found: np.ndarray, ids: np.ndarray) -> float:
 
 
 def measure_index(case: str, folder: Path, n: int) -> dict:
-    "One index, in this process: k=110 for all queries, twice; the second search counts."
+    "One index, in this process: k=110 for all queries, twice; the second search counts. A build that was stopped is timed from there."
     from colbert_nb.mining_index import ExactIndex, VoyagerIndex
 
     vectors, queries = made_vectors(folder, n)
     memory, kept = Memory(), folder / f"graph-{n}-{case}"
-    start, cpu, note = time.perf_counter(), time.process_time(), kept.with_suffix(".json")
+    start, cpu, note, settings = time.perf_counter(), time.process_time(), kept.with_suffix(".json"), kept / "settings.json"
+    before = json.loads(settings.read_bytes())["done"] if case != "exact" and settings.is_file() else 0
     if case == "exact":
         index = ExactIndex(vectors)
     else:
         index = VoyagerIndex(vectors, storage="auto" if case == "voyager" else case, folder=kept)
-    cost = {"build_s": time.perf_counter() - start, "build_processor_s": time.process_time() - cpu}
+    cost = {"build_s": time.perf_counter() - start, "build_processor_s": time.process_time() - cpu, "build_from": before}
     if note.is_file():  # the graph was there, and this what building it took
         cost = json.loads(note.read_bytes())
     elif case != "exact":
@@ -257,7 +258,10 @@ def table(result: dict) -> str:
             if row := rows.get(f"{n} {case}"):
                 last = before.get(case) if n else None
                 growth = [f"{row[name] / last[name]:.1f}" if last and last[name] > 0.001 else "" for name in ("build_processor_s", "query_s")]
-                lines.append(f"| {result['passages'][n]:,} | {case} | {row['build_processor_s']:.2f} | {growth[0]} | {row['query_s']:.2f} | {growth[1]} "
+                build = f"{row['build_processor_s']:.2f}"
+                if row.get("build_from"):
+                    build, growth[0] = f"{build}, from {row['build_from']:,} on", ""
+                lines.append(f"| {result['passages'][n]:,} | {case} | {build} | {growth[0]} | {row['query_s']:.2f} | {growth[1]} "
                              f"| {row['recall@100']:.4f} | {row['anonymous_mb']:,.0f} | {row['resident_mb']:,.0f} |")
                 if int(n):
                     before[case] = row
