@@ -158,6 +158,7 @@ class Renderer:
         md.use(footnote_plugin)
         md.use(container_plugin, "callout", validate=lambda params, *_: bool(CALLOUT.search(params)), render=self._callout)
         md.add_render_rule("fence", lambda _, tokens, i, *rest: code(tokens[i].content.rstrip("\n"), tokens[i].info.strip(" {}.").split(" ")[0]))
+        md.add_render_rule("code_inline", lambda _, tokens, i, *rest: f"<code>{self._breaks(tokens[i])}</code>")
         md.add_render_rule("code_block", lambda _, tokens, i, *rest: code(tokens[i].content.rstrip("\n"), "text"))
         md.add_render_rule("table_open", lambda *_: '<div class="table"><table>')
         md.add_render_rule("table_close", lambda *_: "</table></div>")
@@ -190,6 +191,8 @@ class Renderer:
         self._titles_of_callouts(tokens)
         for i, token in enumerate(tokens):
             if token.type == "inline":
+                for child in token.children if i and tokens[i - 1].type in ("td_open", "th_open") else ():
+                    child.meta = {"cell": True}
                 self._inline(token, link_code=not (i and tokens[i - 1].type == "heading_open"))
             if token.type == "heading_open" and headings:
                 self._heading(token, tokens[i + 1], tokens[i + 2])
@@ -201,6 +204,12 @@ class Renderer:
         tokens = self.md.parseInline(text)
         self._inline(tokens[0])
         return self.md.renderer.render(tokens, self.md.options, {})
+
+    @staticmethod
+    def _breaks(token: Token) -> str:
+        "Code in a sentence, or in a cell of a table, where a long name may go on in the next line after a dot or an underscore."
+        text = html.escape(token.content, quote=False)
+        return re.sub(r"(?<=\w[._])(?=\w)", "<wbr>", text) if token.meta.get("cell") else text
 
     @staticmethod
     def _words(token: Token) -> str:

@@ -245,6 +245,13 @@ def test_markdown_of_a_page(tmp_path):
     assert '<p class="callout-title">Mind</p>' in page and "the gap" in page and '<div class="table"' in page
 
 
+def test_long_names_in_a_table(tmp_path):
+    "They are cut after an underscore, or a phone shows half of the table; in a sentence they stay whole."
+    page = made(tmp_path, "# Made", "A `drop_same_text`.\n\n| rule |\n|---|\n| `drop_same_text` or `top_k` or `a<b` |")
+    assert page.count("<code>drop_same_text</code>") == page.count("<code>drop_<wbr>same_<wbr>text</code>") == 1
+    assert 'top_k"><code>top_<wbr>k</code></a>' in page and "<code>a&lt;b</code>" in page
+
+
 def test_a_formula_that_cannot_be_shown_is_named(tmp_path):
     with pytest.raises(ValueError, match="nosuchcommand"):
         made(tmp_path, "# Made", "$$\\nosuchcommand{x}$$")
