@@ -186,8 +186,6 @@ def as_markdown(site: Site, page: Page) -> str:
             parts.append(re.sub(r"\]\((?!https?:|#)([\w./-]+)\.ipynb(#[\w.-]*)?\)", lambda m: f"]({_text_address(site, page, m[1])})", block.text))
         elif isinstance(block, Code):
             parts.append(f"```python\n{block.source}\n```")
-        elif isinstance(block, Api) and not block.shows_source:
-            parts += [f"```python\n{symbol.source}\n```" for symbol in block.symbols]
         elif isinstance(block, Outputs):
             for output in block.outputs:
                 data = output.get("data", {})

@@ -1,5 +1,6 @@
 """Notebooks as pages: what is shown of each cell, in the order of the notebook, after nbdev's and Quarto's `#|` lines."""
 
+import ast
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ import nbformat
 from site_api import Module, Source, Symbol, defined
 
 HIDDEN = ("hide", "include: false", "exporti")
-NO_SOURCE = ("hide_input", "echo: false", "export")
+NO_SOURCE = ("hide_input", "echo: false")
 NO_OUTPUT = ("hide_output", "output: false")
 
 
@@ -34,7 +35,7 @@ class Outputs:
 @dataclass
 class Api:
     symbols: list[Symbol]
-    shows_source: bool            # the page shows the source, too
+    shows_source: bool            # the code above is open, so what a reader sees there is left out or folded here
 
 
 Block = Markdown | Code | Outputs | Api
@@ -66,11 +67,31 @@ def _marked(marks: dict[str, str], names: tuple[str, ...]) -> bool:
     return any(marks.get(name.partition(": ")[0], None) == name.partition(": ")[2] for name in names)
 
 
+def _is_preamble(node: ast.AST) -> bool:
+    "What every module starts with and no page explains: an import, alone or for types, a logger, the list of what else is public."
+    if isinstance(node, ast.If):
+        return all(map(_is_preamble, [*node.body, *node.orelse]))
+    named = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_all_"
+    return isinstance(node, (ast.Import, ast.ImportFrom)) or named or isinstance(node, ast.Assign) and "getLogger" in ast.unparse(node.value)
+
+
+def _exported(source: str, found: list[Symbol], before: str) -> str | None:
+    """How the code of an `export` cell is shown, which Quarto would hide: None for imports alone, folded where entries say what the cell
+    defines, and open where nothing else would stand in its place, or the text before it ends with a colon."""
+    body = ast.parse(source).body
+    if all(map(_is_preamble, body)):
+        return None
+    entries = any(symbol.kind != "constant" for symbol in found) or found and any(map(_is_preamble, body))
+    return "true" if entries and not before.rstrip().endswith(":") else ""
+
+
 def _blocks(cells: list, module: Module | None) -> Iterator[Block]:
+    before = ""                   # the text that stands above a cell
     for number, cell in enumerate(cells):
         if cell.cell_type == "markdown":
             if cell.source.strip():
                 yield Markdown(cell.source)
+                before = cell.source
             continue
         if cell.cell_type != "code":
             continue
@@ -78,13 +99,19 @@ def _blocks(cells: list, module: Module | None) -> Iterator[Block]:
         if _marked(marks, HIDDEN):
             continue
         exported = module and ("export" in marks or "exports" in marks)
-        visible = bool(source.strip()) and not _marked(marks, NO_SOURCE)
+        found = [module.symbols[s.name] for s in defined(Source(source), module.name)] if exported else []
+        fold = marks.get("code-fold", "").replace("false", "")
+        if "export" in marks and "code-fold" not in marks:
+            fold = _exported(source, found, before)
+        visible = bool(source.strip()) and fold is not None and not _marked(marks, NO_SOURCE)
         if visible:
-            yield Code(source, marks.get("code-fold", "").replace("false", ""))
-        if exported and (found := [module.symbols[s.name] for s in defined(Source(source), module.name)]):
-            yield Api(found, visible)
-        if cell.outputs and not exported and not _marked(marks, NO_OUTPUT):
+            yield Code(source, fold)
+        if found:
+            yield Api(found, visible and not fold)
+        shown = cell.outputs and not exported and not _marked(marks, NO_OUTPUT)
+        if shown:
             yield Outputs(cell.outputs, marks.get("fig-alt", ""), number)
+        before = "" if visible or found or shown else before
 
 
 def read_page(folder: Path, path: Path, modules: dict[str, Module]) -> Page:

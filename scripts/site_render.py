@@ -28,6 +28,7 @@ ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 CODE = ' class="typed"'
 FORMATTER = HtmlFormatter(nowrap=True)
 SPACES = {"|": "0", ":": "0.278em"}      # around these operators, where browsers differ from TeX
+PRIMES = "\u2032\u2033\u2034"             # raised and small by themselves
 LIMITS = {"msub": "munder", "msubsup": "munderover"}
 CALLOUT = re.compile(r"\{\s*\.callout-(\w+)(?:.*?title=\"([^\"]*)\")?.*?\}")
 
@@ -54,6 +55,33 @@ def code(source: str, language: str) -> str:
     return f'<pre class="code"><code>{coloured(source, language)}</code></pre>'
 
 
+def lines_of(latex: str) -> list[str]:
+    "A display formula cut at each `\\qquad` outside of braces: where the window is narrow, the parts stand below each other."
+    found, depth = [""], 0
+    for part in re.split(r"(\\(?:qquad|left|right|begin|end)(?![a-zA-Z])|\\[{}]|[{}])", latex):
+        if part == r"\qquad" and not depth:
+            found.append("")
+            continue
+        depth += (part in ("{", r"\left", r"\begin")) - (part in ("}", r"\right", r"\end"))
+        found[-1] += part
+    return list(filter(str.strip, found))
+
+
+def primes_at_full_size(tree: ElementTree.Element) -> None:
+    "A prime beside its letter: as a superscript, a sign that is small and raised already would be made so once more."
+    for node in tree.iter():
+        if node.tag not in ("msup", "msubsup") or (node[-1].text or " ") not in PRIMES:
+            continue
+        node[-1].tag, node[-1].attrib = "mo", {"lspace": "0", "rspace": "0", "form": "postfix"}
+        if node.tag == "msup":
+            node.tag = "mrow"
+        else:
+            base, below, prime = node
+            row = ElementTree.Element("mrow")
+            row.extend([base, prime])
+            node.tag, node[:] = "msub", [row, below]
+
+
 def formula(latex: str, block: bool) -> str:
     "A formula as MathML, which browsers lay out by themselves. A command that is not known is a `ValueError`."
     typed = []
@@ -67,22 +95,31 @@ def formula(latex: str, block: bool) -> str:
     source = re.sub(r"\\(texttt|text)\{((?:[^{}\\]|\\.)*)\}", keep, latex.strip())
     source = re.sub(r"\\(mathbf|mathcal|mathrm)\s+(\w)", r"\\\1{\2}", source)
     source = re.sub(r"\\arg(?![a-zA-Z])", r"\\operatorname{arg}", source)
-    tree = ElementTree.fromstring(convert(source, display="block" if block else "inline").replace("negativethinmathspace", "-0.167em"))
-    for node in tree.iter():
-        node.tag = node.tag.rpartition("}")[2]
-        if block and node.tag in LIMITS and node[0].text in ("max", "min"):  # limits stand below, as TeX sets them
-            node.tag = LIMITS[node.tag]
-        for child, after in zip(node, [*node[1:], None]):
-            if child.tag.endswith("mo") and (child.text or "").isalpha():
-                child.attrib.update(lspace="0.167em", rspace="0" if after is not None and after.text == "(" else "0.167em")
-            elif child.tag.endswith("mo") and child.text in SPACES:
-                child.attrib.update(lspace=SPACES[child.text], rspace=SPACES[child.text])
-    mathml = ElementTree.tostring(tree, encoding="unicode")
+    mathml = "".join(_mathml(part, block) for part in (lines_of(source) if block else [source]))
     if unknown := re.search(r"\\\w*", re.sub(r"<[^>]*>", " ", mathml)):
         raise ValueError(f"expected a formula that can be shown, got {unknown[0]} in {latex!r}; write it with other commands")
     mathml = mathml.replace("\u2216", "\\")               # few fonts have the sign of \setminus
     mathml = re.sub(r"<mtext>typed(\d+)</mtext>", lambda found: typed[int(found[1])], mathml)
     return f'<div class="formula">{mathml}</div>' if block else mathml
+
+
+def _mathml(source: str, block: bool) -> str:
+    "What latex2mathml makes, with the spaces and limits that TeX has and it has not."
+    tree = ElementTree.fromstring(convert(source, display="block" if block else "inline").replace("negativethinmathspace", "-0.167em"))
+    for node in tree.iter():
+        node.tag = node.tag.rpartition("}")[2]
+        if node.tag == "mi" and node.text == ":":         # "such that", which has room around it
+            node.tag = "mo"
+    primes_at_full_size(tree)
+    for node in tree.iter():
+        if block and node.tag in LIMITS and node[0].text in ("max", "min"):  # limits stand below, as TeX sets them
+            node.tag = LIMITS[node.tag]
+        for child, after in zip(node, [*node[1:], None]):
+            if child.tag == "mo" and (child.text or "").isalpha():
+                child.attrib.update(lspace="0.167em", rspace="0" if after is not None and after.text == "(" else "0.167em")
+            elif child.tag == "mo" and child.text in SPACES:
+                child.attrib.update(lspace=SPACES[child.text], rspace=SPACES[child.text])
+    return ElementTree.tostring(tree, encoding="unicode")
 
 
 def picture_size(data: bytes) -> tuple[int, int]:
@@ -121,6 +158,7 @@ class Renderer:
         md.use(footnote_plugin)
         md.use(container_plugin, "callout", validate=lambda params, *_: bool(CALLOUT.search(params)), render=self._callout)
         md.add_render_rule("fence", lambda _, tokens, i, *rest: code(tokens[i].content.rstrip("\n"), tokens[i].info.strip(" {}.").split(" ")[0]))
+        md.add_render_rule("code_inline", lambda _, tokens, i, *rest: f"<code>{self._breaks(tokens[i])}</code>")
         md.add_render_rule("code_block", lambda _, tokens, i, *rest: code(tokens[i].content.rstrip("\n"), "text"))
         md.add_render_rule("table_open", lambda *_: '<div class="table"><table>')
         md.add_render_rule("table_close", lambda *_: "</table></div>")
@@ -153,6 +191,8 @@ class Renderer:
         self._titles_of_callouts(tokens)
         for i, token in enumerate(tokens):
             if token.type == "inline":
+                for child in token.children if i and tokens[i - 1].type in ("td_open", "th_open") else ():
+                    child.meta = {"cell": True}
                 self._inline(token, link_code=not (i and tokens[i - 1].type == "heading_open"))
             if token.type == "heading_open" and headings:
                 self._heading(token, tokens[i + 1], tokens[i + 2])
@@ -164,6 +204,12 @@ class Renderer:
         tokens = self.md.parseInline(text)
         self._inline(tokens[0])
         return self.md.renderer.render(tokens, self.md.options, {})
+
+    @staticmethod
+    def _breaks(token: Token) -> str:
+        "Code in a sentence, or in a cell of a table, where a long name may go on in the next line after a dot or an underscore."
+        text = html.escape(token.content, quote=False)
+        return re.sub(r"(?<=\w[._])(?=\w)", "<wbr>", text) if token.meta.get("cell") else text
 
     @staticmethod
     def _words(token: Token) -> str:
@@ -310,8 +356,6 @@ class Renderer:
             parts.append(f"<p>Extends {', '.join(bases)}.</p>")
         if inside:
             parts.append(f'<details{"" if source_shown else " open"}><summary>{named.capitalize()}</summary>{inside}</details>')
-        if not source_shown and symbol.kind != "constant":
-            parts.append(f"<details><summary>Source</summary>{code(symbol.source, 'python')}</details>")
         return "\n".join([*filter(None, parts), "</section>"])
 
     def _head(self, symbol: Symbol) -> str:

@@ -1,5 +1,7 @@
 """The site that `make docs` builds: whole, readable, and searched in a browser."""
 
+import ast
+import html
 import posixpath
 import re
 import sys
@@ -17,7 +19,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import site_build  # noqa: E402
 import site_render  # noqa: E402
 from site_api import read_module  # noqa: E402
-from site_pages import directives  # noqa: E402
+from site_pages import Code, Markdown, Outputs, directives  # noqa: E402
 
 BASE = "/colbert_nb/"
 
@@ -118,6 +120,35 @@ def test_no_directive_is_shown_in_code(built):
     assert not [p.name for p in built.rglob("*.html") if mark.search(p.read_text(encoding="utf-8"))]
 
 
+def defined_in(source: str) -> list[str]:
+    "The source of what a cell defines; imports, loggers and nbdev's `_all_` left out."
+    parts = [(node, ast.get_source_segment(source, node)) for node in ast.parse(source).body]
+    return [text for node, text in parts if not isinstance(node, (ast.Import, ast.ImportFrom)) and "getLogger" not in text
+            and not text.startswith(("_all_", "if TYPE_CHECKING"))]
+
+
+def test_the_package_can_be_rebuilt_from_the_pages(site, built):
+    "What an exported cell defines, public or private, stands on the page as code."
+    missing = []
+    for page in site.pages:
+        blocks = re.findall(r'<pre class="code"><code>(.*?)</code></pre>', (built / page.address).read_text(encoding="utf-8"), re.S)
+        shown = "\n\n".join(html.unescape(re.sub("<[^>]*>", "", block)) for block in blocks)
+        text = (built / f"{page.address}.md").read_text(encoding="utf-8")
+        for cell in nbformat.read(site.folder / page.path, as_version=4).cells:
+            marks = directives(cell.source)[0] if cell.cell_type == "code" else {}
+            if {"export", "exports"} & set(marks) and "hide" not in marks:
+                missing += [(page.address, part[:80]) for part in defined_in(cell.source) if part not in shown or part not in text]
+    assert not missing
+
+
+def test_a_colon_leads_to_something(site):
+    "A sentence that ends with a colon is followed by open code or by what a cell gave."
+    hanging = [(page.address, block.text[-80:]) for page in site.pages for block, after in zip(page.blocks, [*page.blocks[1:], None])
+               if isinstance(block, Markdown) and block.text.rstrip().endswith(":")
+               and not (isinstance(after, Outputs) or isinstance(after, Code) and after.fold != "true")]
+    assert not hanging
+
+
 def test_every_picture_is_described(pages):
     assert not {address: page.bare for address, page in pages.items() if page.bare}
 
@@ -157,13 +188,13 @@ def test_what_quarto_would_render(site, tmp_path):
         assert stored == sum("image/png" in o.get("data", {}) for c in notebook.cells if c.cell_type == "code" for o in c.outputs)
 
 
-def made(tmp_path: Path, *cells, name: str = "01_made.ipynb") -> str:
+def made(tmp_path: Path, *cells, name: str = "01_made.ipynb", modules: dict | None = None) -> str:
     "The page of a notebook with these cells: a text is a Markdown cell, a pair is code and its outputs."
     (tmp_path / "nbs").mkdir(exist_ok=True)
     v4 = nbformat.v4
     rows = [v4.new_markdown_cell(c) if isinstance(c, str) else v4.new_code_cell(c[0], outputs=c[1]) for c in cells]
     nbformat.write(v4.new_notebook(cells=rows), tmp_path / "nbs" / name)
-    page = site_build.read_page(tmp_path / "nbs", Path(name), {})
+    page = site_build.read_page(tmp_path / "nbs", Path(name), modules or {})
     return site_render.Renderer([page], {"maxsim": ("scoring.html", "maxsim"), "top_k": ("evaluation.html", "top_k")}, "").page(page)[0]
 
 
@@ -179,6 +210,32 @@ def test_cells_are_shown_as_marked(tmp_path):
     assert re.search(r'<details class="fold"><summary>Code</summary>.*folded', page)
 
 
+def test_exported_cells_are_shown(tmp_path):
+    "Open where no entry says what a cell defines; imports alone are left out."
+    page = made(tmp_path, "# Made", ("#| export\nimport json\nimport logging\n\nlog = logging.getLogger()", []),
+                ("#| export\ndef _helper(): pass", []), ("#| export\nif True:\n    import csv\nelse:\n    csv = None", []))
+    assert "json" not in page and "_helper" in page and "csv" in page and "<details" not in page
+
+
+def test_exported_cells_with_an_entry_are_folded(tmp_path, site):
+    "But for one that a sentence introduces; code and entry are both there."
+    cells = ("#| export\ndef top_k():\n    'Best.'", [])
+    (tmp_path / "made.py").write_text(cells[0].partition("\n")[2], encoding="utf-8")
+    modules = {"made": read_module(tmp_path / "made.py")}
+    plain = made(tmp_path, "# Made", ("#| default_exp made", []), "It is short.", cells, modules=modules)
+    assert '<details class="fold"><summary>Code</summary>' in plain and 'id="top_k"' in plain and plain.count("Best.") == 2
+    led = made(tmp_path, "# Made", ("#| default_exp made", []), "It is short:", cells, modules=modules)
+    assert "<details" not in led and 'id="top_k"' in led and led.count("Best.") == 2
+
+
+def test_formulas():
+    inline = site_render.formula(r"\{\, p' : x'_i \,\}", block=False)
+    assert '<mo lspace="0.278em" rspace="0.278em">:</mo>' in inline                # as in TeX, room around "such that"
+    assert "<msup>" not in inline and "<msub><mrow><mi>x</mi><mo" in inline       # a prime is small by itself
+    display = site_render.formula(r"a = \left( b \qquad c \right) \qquad d = {e \qquad f}, \qquad\qquad g", block=True)
+    assert display.count("<math") == 3 and display.count("<div") == 1             # parts that may stand below each other
+
+
 def test_markdown_of_a_page(tmp_path):
     page = made(tmp_path, "# Made", "## Same\n\nSee [there](01_made.ipynb#same) and `top_k`, not `maxsim`; it costs $5 or $6.\n\n## Same\n\n"
                 "$$\\max_j q_j$$\n\n::: {.callout-note}\n## Mind\n\nthe gap\n:::\n\n| a | b |\n|---|--:|\n| 1 | `x` |")
@@ -186,6 +243,13 @@ def test_markdown_of_a_page(tmp_path):
     assert 'href="evaluation.html#top_k"' in page and "scoring.html" not in page   # a plain word is no link
     assert "$5 or $6" in page and "<munder>" in page and ":::" not in page
     assert '<p class="callout-title">Mind</p>' in page and "the gap" in page and '<div class="table"' in page
+
+
+def test_long_names_in_a_table(tmp_path):
+    "They are cut after an underscore, or a phone shows half of the table; in a sentence they stay whole."
+    page = made(tmp_path, "# Made", "A `drop_same_text`.\n\n| rule |\n|---|\n| `drop_same_text` or `top_k` or `a<b` |")
+    assert page.count("<code>drop_same_text</code>") == page.count("<code>drop_<wbr>same_<wbr>text</code>") == 1
+    assert 'top_k"><code>top_<wbr>k</code></a>' in page and "<code>a&lt;b</code>" in page
 
 
 def test_a_formula_that_cannot_be_shown_is_named(tmp_path):
@@ -256,17 +320,34 @@ def test_search_in_a_browser(browser, built):
     assert not browser.problems
 
 
+CUT = """[...document.querySelectorAll("article :is(pre, .table, .formula)")].filter(part => part.checkVisibility()
+  && part.scrollWidth > part.clientWidth + 1 && (getComputedStyle(part).overflowX !== "auto"
+  || [...part.children].some(child => child.getBoundingClientRect().left < part.getBoundingClientRect().left - 1))
+).map(part => part.outerHTML.slice(0, 80))"""
+
+
+def test_code_fits_beside_the_menu(browser, built):
+    "In a window of 1280 px, with room for a scroll bar, a line of 120 characters of code is seen whole."
+    browser.window(1265)
+    browser.open((built / "scoring.html").as_uri())
+    browser.run("document.querySelector('article pre.code code').textContent = 'x'.repeat(120)")
+    assert browser.run("(part => part.scrollWidth <= part.clientWidth)(document.querySelector('article pre.code'))")
+
+
 def test_pages_in_a_browser(browser, built, site):
     "From a server, below a folder of it: no error, no request elsewhere, nothing wider than a phone; and the page for what is not there."
     with served(built, BASE) as address:
         browser.window(390, dark=True)
-        wide = {}
+        wide, cut = {}, {}
         for page in site.pages:
             browser.open(address + page.address)
             if browser.run("document.documentElement.scrollWidth") > 390:
                 wide[page.address] = browser.run("document.documentElement.scrollWidth")
+            if found := browser.run(CUT):
+                cut[page.address] = found
             assert not browser.problems, page.address
         assert not wide
+        assert not cut                                     # what is wider can be scrolled to, from its first character to its last
         assert browser.run("getComputedStyle(document.body).backgroundColor") == "rgb(18, 22, 27)"
         browser.run("document.getElementById('site-theme-button').click()")
         assert browser.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
