@@ -27,7 +27,6 @@ from hardware import machine
 from colbert_nb.corpus import RetrievalDataset, docstring_corpus, load_beir, minilm_path
 from colbert_nb.mining import HardNegativeMiner
 from colbert_nb.training_ablations import BASE, ablation_run, ablation_table
-from colbert_nb.training_ablations import ablation_data as training_data  # noqa: F401, for other scripts
 
 RESULTS = Path(__file__).parent / "results"
 FIXED = {"batch_size": 16, "query_maxlen": 32, "doc_maxlen": 48}

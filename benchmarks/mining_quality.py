@@ -22,10 +22,10 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from ablations import RESULTS, add, key, load, mined_negatives, origin, read, training_data
+from ablations import RESULTS, add, key, load, mined_negatives, origin, read
 
 from colbert_nb.corpus import RetrievalDataset, minilm_path
-from colbert_nb.training_ablations import ablation_pool, ablation_split, ablation_triples
+from colbert_nb.training_ablations import ablation_data, ablation_pool, ablation_split, ablation_triples
 
 SOURCES = ("random", "windowed", "filtered", "two rounds", "self-mined")
 RULES = {"windowed": {}, "filtered": {"min_rank": 0, "sampling": "top", "relative_margin": 0.05, "max_positive_similarity": 0.95}}
@@ -59,7 +59,7 @@ def run(data: RetrievalDataset, mined: dict[str, dict], source: str, seed: int, 
     pool = ablation_pool(data, test, n_pool, seed, mined["windowed"])
     model = ColBERT.from_pretrained(minilm_path(), init="pca", sample=data.corpus, query_maxlen=FIXED["query_maxlen"],
                                     doc_maxlen=FIXED["doc_maxlen"], device="cpu", seed=seed)
-    training = training_data(data, rows)
+    training = ablation_data(data, rows)
     options = {"batch_size": FIXED["batch_size"], "learning_rate": FIXED["learning_rate"], "dropout": 0.0, "bf16": False,
                "progress": False, "save_strategy": "no"}
     half = len(rows) // FIXED["batch_size"] // 2

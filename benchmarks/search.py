@@ -6,8 +6,8 @@
     python benchmarks/search.py CHECKPOINT --only none                             # prints the stored table
 
 The tutorial's checkpoint, its corpus and its 400 test queries; and, at two bits and with 100 of the queries alone, a made
-collection of four times as many passages, copies whose vectors are moved by noise. The model encodes once; every engine gets the same half-precision vectors, and
-a process of its own. Recall is against exact MaxSim in single precision over the same passages. Latency is that of one query at a
+collection of four times as many passages, copies whose vectors are moved by noise. The model encodes once; every engine gets the
+same half-precision vectors, and a process of its own. Recall is against exact MaxSim in single precision over the same passages. Latency is that of one query at a
 time on all cores, from its vectors to ids, the median of 100; a build is timed once. Bytes are those on the disk, without ids and
 texts. fast-plaid runs where a Python is named that has it: each of its builds needs one PyTorch exactly. nbs/12_search_plaid.ipynb
 shows results/search.json; rows that are not measured again are kept.

@@ -19,12 +19,12 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from ablations import FIXED, RESULTS, add, key, load, mined_negatives, origin, read, training_data
+from ablations import FIXED, RESULTS, add, key, load, mined_negatives, origin, read
 
 from colbert_nb.corpus import RetrievalDataset, minilm_path
 from colbert_nb.encoder import ColBERT
 from colbert_nb.evaluation import evaluate, search
-from colbert_nb.training_ablations import ablation_pool, ablation_split, ablation_triples
+from colbert_nb.training_ablations import ablation_data, ablation_pool, ablation_split, ablation_triples
 from colbert_nb.training_run import train_colbert
 from colbert_nb.vespa_embedder import VespaEmbedder, pack_bits, vespa_run
 
@@ -43,7 +43,7 @@ def trained(data: RetrievalDataset, rows: list[tuple[int, int, int]], seed: int,
     model = ColBERT.from_pretrained(minilm_path(), init="pca", sample=data.corpus, device="cpu", seed=seed, query_maxlen=FIXED["query_maxlen"],
                                     doc_maxlen=FIXED["doc_maxlen"], **settings)
     with tempfile.TemporaryDirectory() as folder:
-        train_colbert(model, training_data(data, rows), Path(folder) / "run", batch_size=FIXED["batch_size"], learning_rate=TRAINING["learning_rate"],
+        train_colbert(model, ablation_data(data, rows), Path(folder) / "run", batch_size=FIXED["batch_size"], learning_rate=TRAINING["learning_rate"],
                       dropout=TRAINING["dropout"], seed=seed, bf16=False, progress=False, save_strategy="no")
     return model
 
