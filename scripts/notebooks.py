@@ -7,6 +7,7 @@
 
 import argparse
 import base64
+import configparser
 import json
 import logging
 import os
@@ -82,6 +83,20 @@ def tutorial(path: Path, out: Path) -> None:
     print("\n".join("".join(f"{c:<14}" if i == 0 else f"{c:>12}" for i, c in enumerate(row)) for row in rows))
 
 
+def badges() -> str:
+    "One line: the newest run of each workflow on main, then the Python that settings.ini asks for."
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "settings.ini", encoding="utf-8")
+    about = settings["DEFAULT"]
+    line = []
+    for file in sorted((ROOT / ".github/workflows").glob("*.yml"), key=lambda file: (file.stem != "test", file.name)):
+        name = re.search(r"^name: *(.+)$", file.read_text(encoding="utf-8"), re.M)[1]
+        url = f"{about['git_url']}/actions/workflows/{file.name}"
+        line.append(f"[![{name}]({url}/badge.svg?branch={about['branch']})]({url})")
+    line.append(f"![Python {about['min_python']} or later](https://img.shields.io/badge/python-%E2%89%A5{about['min_python']}-blue)")
+    return "\n".join(line)
+
+
 def readme() -> dict[Path, bytes]:
     "README.md and its pictures from nbs/index.ipynb, as {path: content}."
     nb = nbformat.read(ROOT / "nbs/index.ipynb", as_version=4)
@@ -92,6 +107,8 @@ def readme() -> dict[Path, bytes]:
             continue
         if cell.cell_type == "markdown":
             parts.append(re.sub(r"\]\((?!https?:|#)([\w./-]+\.ipynb)\)", r"](nbs/\1)", cell.source))
+            if len(parts) == 2:  # under the title
+                parts[1] = parts[1].replace("\n\n", f"\n\n{badges()}\n\n", 1)
             continue
         source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip()
         alt = next((m.split(":", 1)[1].strip(' "') for m in marks if m.startswith("fig-alt:")), "")
