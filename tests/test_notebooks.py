@@ -44,7 +44,7 @@ def copied(notebook: str, tmp_path: Path, parameters: dict | None = None) -> Pat
 
 
 LITTLE = ["asyncio", "email"]  # packages with enough docstrings for every cell, and few
-SMALL = {"first_colbert": {"packages": ["numpy"], "n_test": 40, "n_validation": 12, "maxsteps": 2, "doc_maxlen": 16},
+SMALL = {"first_colbert": {"packages": ["numpy"], "n_test": 40, "n_validation": 12, "validation_passages": 100, "maxsteps": 2, "doc_maxlen": 16},
          "from_ragatouille": {"packages": LITTLE, "n_test": 20, "maxsteps": 1, "doc_maxlen": 16},
          "labelled_pairs": {"packages": ["email"], "n_test": 16, "n_labelled": 40, "n_asked": 30, "doc_maxlen": 16, "first_steps": 1,
                             "second_steps": 1},
