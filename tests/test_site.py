@@ -2,6 +2,7 @@
 
 import ast
 import html
+import json
 import posixpath
 import re
 import sys
@@ -188,6 +189,43 @@ def test_what_quarto_would_render(site, tmp_path):
         assert stored == sum("image/png" in o.get("data", {}) for c in notebook.cells if c.cell_type == "code" for o in c.outputs)
 
 
+QUARTO = """#!{python}
+import json, pathlib, sys
+folder = pathlib.Path(sys.argv[2])
+(folder / "_docs").mkdir()
+(folder / "_docs" / "index.html").write_text(json.dumps([sys.argv[1:], sorted(p.name for p in folder.iterdir() if p.is_file())]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the program that stands in for Quarto starts with #!")
+def test_the_site_is_built_with_quarto_where_it_is_installed(site, tmp_path, monkeypatch):
+    "A program of that name on PATH is given the prepared pages; what it makes becomes the site, with the pages as text beside it."
+    program = tmp_path / "bin" / "quarto"
+    program.parent.mkdir()
+    program.write_text(QUARTO.replace("{python}", sys.executable))
+    program.chmod(0o755)
+    top = tmp_path / "top"
+    (top / "nbs").mkdir(parents=True)
+    (top / "_quarto.yml").write_bytes((ROOT / "_quarto.yml").read_bytes())
+    small = site_build.Site(site.settings, site.website, top / "nbs", site.pages[:1], site.modules)
+    monkeypatch.setattr(site_build, "read_site", lambda: small)
+    monkeypatch.setenv("PATH", str(program.parent))
+    monkeypatch.setattr(sys, "argv", ["site_build.py", "--out", str(tmp_path / "site")])
+    assert site_build.main() == 0
+    arguments, files = json.loads((tmp_path / "site" / "index.html").read_text())
+    assert arguments == ["render", str(top / "_proc"), "--no-cache"] and files == ["404.qmd", "_quarto.yml", site.pages[0].path.name]
+    assert (tmp_path / "site" / "llms.txt").is_file() and not (top / "_proc" / "_docs").exists()
+    assert site_build.main() == 0                                                  # once more, over an older site
+
+
+def test_what_quarto_is_told(site):
+    "The addresses are those of settings.ini, and the folder of the site is the one that is moved to its place."
+    told, settings = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8")), site.settings
+    assert told["project"] == {**told["project"], "type": "website", "output-dir": "_docs"}
+    assert told["website"]["site-url"] == settings["doc_host"] + settings["doc_baseurl"] and told["website"]["repo-url"] == settings["git_url"]
+    assert told["website"]["repo-subdir"] == settings["nbs_path"]
+
+
 def made(tmp_path: Path, *cells, name: str = "01_made.ipynb", modules: dict | None = None) -> str:
     "The page of a notebook with these cells: a text is a Markdown cell, a pair is code and its outputs."
     (tmp_path / "nbs").mkdir(exist_ok=True)
@@ -289,8 +327,9 @@ def test_a_formula_that_cannot_be_shown_is_named(tmp_path):
 
 def test_a_folder_that_holds_no_site_is_left_alone(tmp_path, site):
     (tmp_path / "letter").write_text("dear")
-    with pytest.raises(ValueError, match="expected a folder that is empty or holds a site"):
-        site_build.build(site, tmp_path)
+    for write in (site_build.build, site_build.prepare):
+        with pytest.raises(ValueError, match="expected a folder that is empty or holds a site"):
+            write(site, tmp_path)
     assert (tmp_path / "letter").exists()
 
 
