@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'NOT_SETTINGS', 'TOKENIZER_SETTINGS', 'kept_memory', 'is_plain', 'train_colbert', 'check_training']
 
-# %% ../nbs/07_training_run.ipynb #0b296abd
+# %% ../nbs/07_training_run.ipynb #4451cb07
 import ctypes
 import inspect
 import json
@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from .calls import hide_bar
+from .calls import hide_bar, lines_above
 from .data import TrainingData, load_training_data
 from .encoder import ColBERT
 from .training import TripleCollator
@@ -51,7 +51,7 @@ def kept_memory(
             libc.mallopt(option, value)
         libc.malloc_trim(0)
 
-# %% ../nbs/07_training_run.ipynb #3365e480
+# %% ../nbs/07_training_run.ipynb #b6e6fbfd
 NOT_SETTINGS = ("resume", "overwrite", "keep", "callbacks", "progress", "tokenize_ahead", "keep_memory")
 TOKENIZER_SETTINGS = ("query_maxlen", "doc_maxlen", "mask_punctuation", "attend_to_mask_tokens", "query_expansion",
                       "skip_punctuation_before_encoding")  # those of `ColBERT.from_pretrained`
@@ -71,7 +71,7 @@ def _train(trainer: ColBERTTrainer, engine: Engine, checkpoint: Path | None, bar
     model = module.model
     attention = model.encoder.config._attn_implementation
     try:
-        with told(run), kept_memory(engine.keep_memory):
+        with told(run), kept_memory(engine.keep_memory), lines_above(bar):
             model.encoder.set_attn_implementation(engine.attn_implementation)
             trainer.go_on(checkpoint)
             best = trainer.state.best_global_step or trainer.state.global_step
@@ -93,7 +93,7 @@ def _say_best(trainer: ColBERTTrainer, best: int) -> None:
         log.warning("%s is 1 from step %d of %d on, so validation cannot tell later checkpoints apart, and the earliest is returned; "
                     "hold out more queries, or let them rank more passages (validation_passages)", metric, best, last)
 
-# %% ../nbs/07_training_run.ipynb #04bed2d2
+# %% ../nbs/07_training_run.ipynb #12224b46
 def is_plain(model: ColBERT) -> bool:
     "Whether it was made from a plain encoder and not from a late-interaction checkpoint."
     return "HF_ColBERT" not in (model.encoder.config.architectures or ())

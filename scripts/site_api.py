@@ -110,9 +110,17 @@ def _class(source: Source, module: str, node: ast.ClassDef) -> Symbol:
         elif isinstance(part, ast.FunctionDef) and (part.name[0] != "_" or part.name == "__call__" and ast.get_docstring(part)):
             found.members.append(_function(source, module, part, node.name))
     if not found.parameters and ("dataclass" in " ".join(map(source.part, node.decorator_list)) or "NamedTuple" in map(source.part, node.bases)):
-        found.parameters = [Parameter(p.target.id, source.part(p.annotation), source.part(p.value), source.comments.get(p.end_lineno, ""))
-                            for p in node.body if isinstance(p, ast.AnnAssign) and isinstance(p.target, ast.Name)]
+        found.parameters = [Parameter(p.target.id, source.part(p.annotation), _default(source, p.value), source.comments.get(p.end_lineno, ""))
+                            for p in node.body if isinstance(p, ast.AnnAssign) and isinstance(p.target, ast.Name)
+                            and "init=False" not in source.part(p.value)]
     return found
+
+
+def _default(source: Source, value: ast.AST | None) -> str:
+    "What a field of a dataclass is where it is not given: the value inside of `field(...)`."
+    given = {k.arg: source.part(k.value) for k in value.keywords} if isinstance(value, ast.Call) and source.part(value.func) == "field" else {}
+    made = given.get("default_factory", "")
+    return given.get("default") or {"dict": "{}", "list": "[]"}.get(made, made and f"{made}()") or ("" if given else source.part(value))
 
 
 def _patched(source: Source, node: ast.FunctionDef) -> str:

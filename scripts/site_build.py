@@ -124,10 +124,10 @@ def api_entries(site: Site) -> list[dict]:
     return rows
 
 
-def empty(out: Path) -> None:
-    "Make room for a site where there is none, or an older one."
-    if out.exists() and (not out.is_dir() or any(out.iterdir()) and not (out / "index.html").is_file()):
-        raise ValueError(f"expected a folder that is empty or holds a site, got {out}; name another with --out")
+def empty(out: Path, sign: str = "index.html") -> None:
+    "Make room for a site, or for what Quarto renders (`sign` is 404.qmd), where there is none, or an older one."
+    if out.exists() and (not out.is_dir() or any(out.iterdir()) and not (out / sign).is_file()):
+        raise ValueError(f"expected a folder that is empty or holds a site with {sign}, got {out}; name another one")
     shutil.rmtree(out, ignore_errors=True)
 
 
@@ -236,7 +236,7 @@ def api_cell(site: Site, symbol: Symbol) -> str:
 
 def prepare(site: Site, out: Path) -> None:
     "Write the notebooks as Quarto should render them: what is hidden left out, API entries and links put in."
-    shutil.rmtree(out, ignore_errors=True)
+    empty(out, "404.qmd")
     for page in site.pages:
         links = [{"text": "Open in Colab", "href": site.colab(page), "icon": "box-arrow-up-right"},
                  {"text": "Download notebook", "href": site.repository.replace("/blob/", "/raw/") + "/" + site.notebook(page), "icon": "download"}]

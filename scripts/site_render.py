@@ -27,8 +27,12 @@ from site_pages import Api, Code, Markdown, Outputs, Page
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 CODE = ' class="typed"'
 FORMATTER = HtmlFormatter(nowrap=True)
-SPACES = {"|": "0", ":": "0.278em"}      # around these operators, where browsers differ from TeX
+SETMINUS = "\u2216"
+SPACES = {"|": "0", ":": "0.278em", SETMINUS: "0.222em"}      # around these operators, where browsers differ from TeX
 PRIMES = "\u2032\u2033\u2034"             # raised and small by themselves
+FUNCTIONS = {"arg", "cos", "exp", "ln", "log", "max", "min", "sin", "tanh"}
+SIGNS = {":": ("mo", ":"), "\u221e": ("mi", "\u221e"), "\u29f5": ("mo", SETMINUS), SETMINUS: ("mo", SETMINUS)}  # ":" as in "such that"
+SCRIPTS = ("msub", "msup", "msubsup", "munder", "mover", "munderover")
 LIMITS = {"msub": "munder", "msubsup": "munderover"}
 CALLOUT = re.compile(r"\{\s*\.callout-(\w+)(?:.*?title=\"([^\"]*)\")?.*?\}")
 
@@ -98,7 +102,7 @@ def formula(latex: str, block: bool) -> str:
     mathml = "".join(_mathml(part, block) for part in (lines_of(source) if block else [source]))
     if unknown := re.search(r"\\\w*", re.sub(r"<[^>]*>", " ", mathml)):
         raise ValueError(f"expected a formula that can be shown, got {unknown[0]} in {latex!r}; write it with other commands")
-    mathml = mathml.replace("\u2216", "\\")               # few fonts have the sign of \setminus
+    mathml = mathml.replace(SETMINUS, "\\")               # few fonts have the sign of \setminus
     mathml = re.sub(r"<mtext>typed(\d+)</mtext>", lambda found: typed[int(found[1])], mathml)
     return f'<div class="formula">{mathml}</div>' if block else mathml
 
@@ -108,18 +112,63 @@ def _mathml(source: str, block: bool) -> str:
     tree = ElementTree.fromstring(convert(source, display="block" if block else "inline").replace("negativethinmathspace", "-0.167em"))
     for node in tree.iter():
         node.tag = node.tag.rpartition("}")[2]
-        if node.tag == "mi" and node.text == ":":         # "such that", which has room around it
-            node.tag = "mo"
+        if node.tag in ("mi", "mo") and node.text in SIGNS:
+            node.tag, node.text = SIGNS[node.text]
     primes_at_full_size(tree)
     for node in tree.iter():
         if block and node.tag in LIMITS and node[0].text in ("max", "min"):  # limits stand below, as TeX sets them
             node.tag = LIMITS[node.tag]
-        for child, after in zip(node, [*node[1:], None]):
-            if child.tag == "mo" and (child.text or "").isalpha():
-                child.attrib.update(lspace="0.167em", rspace="0" if after is not None and after.text == "(" else "0.167em")
-            elif child.tag == "mo" and child.text in SPACES:
-                child.attrib.update(lspace=SPACES[child.text], rspace=SPACES[child.text])
+    for node in tree.iter():
+        if node.tag not in SCRIPTS:
+            _spaces(list(node))
     return ElementTree.tostring(tree, encoding="unicode")
+
+
+def _core(node: ElementTree.Element) -> ElementTree.Element:
+    "What stands on the line of a part with or without scripts."
+    return _core(node[0]) if node.tag in SCRIPTS else node
+
+
+def _spaces(row: list[ElementTree.Element]) -> None:
+    "Room beside the operators that stand in one row: functions such as `log`, signs of numbers, and those of `SPACES`."
+    for before, child, after in zip([None, *row], row, [*row[1:], None]):
+        core, text = _core(child), _core(child).text or ""
+        opens = before is None or before.tag == "mo" and before.text not in tuple(")]}|‖!⌋⌉")
+        if core.tag == "mo" and text.isalpha() or core.tag == "mi" and text in FUNCTIONS:
+            core.tag = "mo"
+            core.attrib.update(lspace="0" if opens else "0.167em", rspace="0" if after is None or after.text in tuple("([{,)]}") else "0.167em")
+        elif child.tag == "mo" and text in tuple("−-+") and opens:         # no difference: the sign of what follows
+            child.attrib.update(form="prefix", lspace="0", rspace="0")
+        elif child.tag == "mo" and text in SPACES:
+            child.attrib.update(lspace=SPACES[text], rspace=SPACES[text])
+
+
+def in_columns(lines: list[str]) -> bool:
+    "Whether what stands in a line belongs to what stands above it, as in a table or a tensor."
+    return sum(bool(re.search(r"\S {2,}\S", line)) for line in lines) > 1 or any(re.match(r" {6,}[\[\d.-]", line) for line in lines)
+
+
+def plain(text: str, kind: str = "output") -> str:
+    "What a cell gave as text. A line that a phone cuts goes on below, a little to the right, but where the text is in columns."
+    text = ANSI.sub("", text).rstrip()
+    lines = text.split("\n")
+    if max(map(len, lines)) <= 50 or in_columns(lines):
+        return f'<pre class="{kind}">{html.escape(text)}</pre>'
+    return f'<pre class="{kind} wrapped">' + "".join(f"<span>{html.escape(line)}\n</span>" for line in lines) + "</pre>"
+
+
+def words_left(table: str) -> str:
+    "The HTML of a DataFrame, whose numbers stand right, with each column of words marked, its head too; names may go on after an underscore."
+    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.S) for row in re.findall(r"<tr.*?</tr>", table, re.S)]
+    body = [row for row in rows[table.partition("<tbody>")[0].count("<tr"):] if len(row) == len(rows[0])]
+    number = re.compile(r"\s*(?:[-+\u2212]?[\d.,]+(?:e[-+]?\d+)?\s?%?|NaN|nan|None|True|False|inf|-inf|<NA>|&lt;NA&gt;|)\s*")
+    words = {place for row in body for place, cell in enumerate(row) if not number.fullmatch(cell)}
+
+    def row(found: re.Match) -> str:
+        places = iter(range(len(rows[0])))
+        return re.sub(r"<(t[hd])(?=[ >])", lambda cell: cell[0] + (' class="words"' if next(places, None) in words else ""), found[0])
+
+    return re.sub(r"(?<=\w_)(?=\w)(?![^<]*>)", "<wbr>", re.sub(r"<tr.*?</tr>", row, table, flags=re.S))
 
 
 def picture_size(data: bytes) -> tuple[int, int]:
@@ -305,12 +354,12 @@ class Renderer:
 
     def _output(self, page: Page, block: Outputs, number: int, output) -> str:
         if output.output_type == "stream":
-            return f'<pre class="output">{html.escape(ANSI.sub("", output.text).rstrip())}</pre>'
+            return plain(output.text)
         if output.output_type == "error":
-            return f'<pre class="output error">{html.escape(ANSI.sub("", output.ename + ": " + output.evalue))}</pre>'
+            return plain(output.ename + ": " + output.evalue, "output error")
         data = output.data
         if "text/html" in data:
-            shown = re.sub(r"<style.*?</style>", "", data["text/html"], flags=re.S)
+            shown = words_left(re.sub(r"<style.*?</style>", "", data["text/html"], flags=re.S))
             return f'<div class="output table">{shown.replace(chr(60) + "table border=" + chr(34) + "1" + chr(34), "<table")}</div>'
         if "text/markdown" in data:
             return f'<div class="output">{self.markdown(data["text/markdown"], headings=False)}</div>'
@@ -318,7 +367,7 @@ class Renderer:
             return self._picture(page, block, number, data["image/svg+xml"].encode(), "svg")
         if "image/png" in data:
             return self._picture(page, block, number, base64.b64decode(data["image/png"]), "png")
-        return f'<pre class="output">{html.escape(ANSI.sub("", data.get("text/plain", "")).rstrip())}</pre>'
+        return plain(data.get("text/plain", ""))
 
     def _picture(self, page: Page, block: Outputs, number: int, data: bytes, kind: str) -> str:
         address = f"images/{page.address.removesuffix('.html').replace('/', '_')}_{block.cell}_{number}.{kind}"

@@ -2,6 +2,7 @@
 
 import ast
 import html
+import json
 import posixpath
 import re
 import sys
@@ -188,6 +189,43 @@ def test_what_quarto_would_render(site, tmp_path):
         assert stored == sum("image/png" in o.get("data", {}) for c in notebook.cells if c.cell_type == "code" for o in c.outputs)
 
 
+QUARTO = """#!{python}
+import json, pathlib, sys
+folder = pathlib.Path(sys.argv[2])
+(folder / "_docs").mkdir()
+(folder / "_docs" / "index.html").write_text(json.dumps([sys.argv[1:], sorted(p.name for p in folder.iterdir() if p.is_file())]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the program that stands in for Quarto starts with #!")
+def test_the_site_is_built_with_quarto_where_it_is_installed(site, tmp_path, monkeypatch):
+    "A program of that name on PATH is given the prepared pages; what it makes becomes the site, with the pages as text beside it."
+    program = tmp_path / "bin" / "quarto"
+    program.parent.mkdir()
+    program.write_text(QUARTO.replace("{python}", sys.executable))
+    program.chmod(0o755)
+    top = tmp_path / "top"
+    (top / "nbs").mkdir(parents=True)
+    (top / "_quarto.yml").write_bytes((ROOT / "_quarto.yml").read_bytes())
+    small = site_build.Site(site.settings, site.website, top / "nbs", site.pages[:1], site.modules)
+    monkeypatch.setattr(site_build, "read_site", lambda: small)
+    monkeypatch.setenv("PATH", str(program.parent))
+    monkeypatch.setattr(sys, "argv", ["site_build.py", "--out", str(tmp_path / "site")])
+    assert site_build.main() == 0
+    arguments, files = json.loads((tmp_path / "site" / "index.html").read_text())
+    assert arguments == ["render", str(top / "_proc"), "--no-cache"] and files == ["404.qmd", "_quarto.yml", site.pages[0].path.name]
+    assert (tmp_path / "site" / "llms.txt").is_file() and not (top / "_proc" / "_docs").exists()
+    assert site_build.main() == 0                                                  # once more, over an older site
+
+
+def test_what_quarto_is_told(site):
+    "The addresses are those of settings.ini, and the folder of the site is the one that is moved to its place."
+    told, settings = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8")), site.settings
+    assert told["project"] == {**told["project"], "type": "website", "output-dir": "_docs"}
+    assert told["website"]["site-url"] == settings["doc_host"] + settings["doc_baseurl"] and told["website"]["repo-url"] == settings["git_url"]
+    assert told["website"]["repo-subdir"] == settings["nbs_path"]
+
+
 def made(tmp_path: Path, *cells, name: str = "01_made.ipynb", modules: dict | None = None) -> str:
     "The page of a notebook with these cells: a text is a Markdown cell, a pair is code and its outputs."
     (tmp_path / "nbs").mkdir(exist_ok=True)
@@ -236,6 +274,36 @@ def test_formulas():
     assert display.count("<math") == 3 and display.count("<div") == 1             # parts that may stand below each other
 
 
+def test_functions_and_signs_in_formulas():
+    "With the room that TeX leaves beside them: log 6, not log6; -1, not - 1."
+    def spaces(latex: str) -> list[tuple]:
+        return [(m[2], m[1]) for m in re.finditer('<mo[^>]*?lspace="([^"]*" rspace="[^"]*)"[^>]*>([^<]*)</mo>', site_render.formula(latex, block=False))]
+
+    assert spaces(r"2 \log 6") == [("log", '0.167em" rspace="0.167em')]
+    assert spaces(r"(\log_2(i))") == [("log", '0" rspace="0')]                      # nothing before a parenthesis or after one
+    assert spaces(r"x = -\infty") == spaces(r"(-y)") == spaces("-1") == [("\u2212", '0" rspace="0')]
+    assert not spaces("(a) - b") and not spaces("x_1 - 1")                         # a difference has room as it is
+    assert spaces(r"A \setminus B") == [("\\", '0.222em" rspace="0.222em')]
+
+
+def test_long_lines_of_outputs(tmp_path):
+    "A message goes on in the next line; what stands in columns does not, and is scrolled."
+    message, tensor = "expected a list of texts, got one string 'sort'; write [text]", "tensor([[ 0.5, -0.5],\n        [ 1.0, 2.0]]) " + 60 * "x"
+    table = "name              value\none                   1\n" + 60 * "-"
+    page = made(tmp_path, "# Made", ("refused", text(repr([message, message]).replace(", 'exp", ",\n 'exp"))), ("tensor", text(tensor)), ("table", text(table)))
+    assert page.count('<pre class="output wrapped">') == 1 and page.count(html.escape(message)) == 2
+    assert page.count('<pre class="output">') == 2 and html.escape(table) in page
+
+
+FRAME = """<table border="1" class="dataframe"><thead><tr style="text-align: right;"><th></th><th>advice</th><th>score</th></tr></thead>
+<tbody><tr><th>0</th><td>take 2 passages</td><td>-0.5</td></tr><tr><th>max_score</th><td>3</td><td>NaN</td></tr></tbody></table>"""
+
+
+def test_words_of_a_table_stand_left(tmp_path):
+    page = made(tmp_path, "# Made", ("frame", [nbformat.v4.new_output("execute_result", {"text/html": FRAME, "text/plain": ""})]))
+    assert re.findall('class="words">(.*?)</t', page) == ["", "advice", "0", "take 2 passages", "max_<wbr>score", "3"]
+
+
 def test_markdown_of_a_page(tmp_path):
     page = made(tmp_path, "# Made", "## Same\n\nSee [there](01_made.ipynb#same) and `top_k`, not `maxsim`; it costs $5 or $6.\n\n## Same\n\n"
                 "$$\\max_j q_j$$\n\n::: {.callout-note}\n## Mind\n\nthe gap\n:::\n\n| a | b |\n|---|--:|\n| 1 | `x` |")
@@ -259,8 +327,9 @@ def test_a_formula_that_cannot_be_shown_is_named(tmp_path):
 
 def test_a_folder_that_holds_no_site_is_left_alone(tmp_path, site):
     (tmp_path / "letter").write_text("dear")
-    with pytest.raises(ValueError, match="expected a folder that is empty or holds a site"):
-        site_build.build(site, tmp_path)
+    for write in (site_build.build, site_build.prepare):
+        with pytest.raises(ValueError, match="expected a folder that is empty or holds a site"):
+            write(site, tmp_path)
     assert (tmp_path / "letter").exists()
 
 
@@ -281,6 +350,12 @@ class C:
     "See."
     def __init__(self, z=1): pass
     def go(self): "Went."
+
+@dataclass
+class D:
+    n: int
+    rows: dict = field(default_factory=dict)  # by name
+    read: bool = field(default=False, init=False)
 '''
 
 
@@ -290,6 +365,7 @@ def test_api_is_read_from_the_source(tmp_path):
     f, c = module.symbols["f"], module.symbols["C"]
     assert module.public == ["A", "B", "f", "C"] and f.signature == 'f(x, *rest, y="é, ü")' and f.line == 7 and f.doc == "Do."
     assert [p.note for p in f.parameters] == ["a number", "", "a word"] and (f.returns.type, f.returns.note) == ("dict", "what")
+    assert module.symbols["D"].signature == "D(n, rows={})"
     assert c.signature == "C(z=1)" and module.symbols["C.go"].signature == "C.go()" and c.members == [module.symbols["C.go"]]
 
 
@@ -320,7 +396,7 @@ def test_search_in_a_browser(browser, built):
     assert not browser.problems
 
 
-CUT = """[...document.querySelectorAll("article :is(pre, .table, .formula)")].filter(part => part.checkVisibility()
+CUT = """[...document.querySelectorAll("article :is(pre, .table, .formula, figure)")].filter(part => part.checkVisibility()
   && part.scrollWidth > part.clientWidth + 1 && (getComputedStyle(part).overflowX !== "auto"
   || [...part.children].some(child => child.getBoundingClientRect().left < part.getBoundingClientRect().left - 1))
 ).map(part => part.outerHTML.slice(0, 80))"""

@@ -39,7 +39,7 @@ addEventListener("hashchange", reveal);
 reveal();
 
 // what is wider than the page can be scrolled by keys, too
-for (const part of document.querySelectorAll("pre, .table, .formula")) if (part.scrollWidth > part.clientWidth) part.tabIndex = 0;
+for (const part of document.querySelectorAll("pre, .table, .formula, figure")) if (part.scrollWidth > part.clientWidth) part.tabIndex = 0;
 
 // copy code
 if (navigator.clipboard) for (const block of document.querySelectorAll("pre.code")) {
