@@ -36,7 +36,7 @@ def _delimiter(text: str) -> str: return {"tab": "\t", r"\t": "\t"}.get(text, te
 
 def _names(text: str) -> list[str]: return text.split(",")
 
-# %% ../nbs/13_cli_options.ipynb #3b51aa7e
+# %% ../nbs/13_cli_options.ipynb #dffbf037
 OPTIONS = {  # command -> option -> (parameter, what argparse wants to know beside, help)
     "general": {
         "--verbose": (None, dict(action="store_true"), "say what is done, also where standard error is no terminal"),
@@ -45,26 +45,36 @@ OPTIONS = {  # command -> option -> (parameter, what argparse wants to know besi
     "table": {
         "--query-column": ("query_column", {}, "column of the queries (default query)"),
         "--passage-column": ("passage_column", {}, "column of the passages (default passage)"),
-        "--negative-column": ("negative_column", {}, "column of passages that do not answer; without it negative, if there is such a column"),
+        "--negative-column": ("negative_column", {},
+                              "column of passages that do not answer; without it negative, if there is such a column"),
         "--label-column": ("label_column", {}, "column of labels; without it label, if there is such a column"),
         "--positive-label": ("positive_label", dict(type=_label), "label of a passage that answers (default 1)"),
         "--negative-label": ("negative_label", dict(type=_label), "label of one that does not (default 0)"),
-        "--columns": ("columns", dict(type=_names), "names of all columns, with commas between, for a file without a header"),
-        "--delimiter": ("delimiter", dict(type=_delimiter), "between cells, such as ';' or tab; without it by the file's name"),
+        "--columns": ("columns", dict(type=_names),
+                      "names of all columns, with commas between, for a file without a header"),
+        "--delimiter": ("delimiter", dict(type=_delimiter),
+                        "between cells, such as ';' or tab; without it by the file's name"),
         "--encoding": ("encoding", {}, "of the files (default utf-8)"),
-        "--documents": (None, dict(metavar="FILE", default=None), "further passages: .txt, or a table with a column passage, text or content")},
+        "--documents": (None, dict(metavar="FILE", default=None),
+                        "further passages: .txt, or a table with a column passage, text or content")},
     "split": {"--split": (None, dict(default="train"), "of a BEIR folder (default train)")},
     "prepare": {
-        "--model": (None, dict(required=True), "encoder or ColBERT that is to be trained: a folder or a name on the Hub"),
+        "--model": (None, dict(required=True),
+                    "encoder or ColBERT that is to be trained: a folder or a name on the Hub"),
         "--out": (None, dict(default="data"), "folder of the training data (default data)"),
-        "--validation": (None, dict(metavar="FILE", default=None), "pairs to validate on; without it a part of the queries is held out"),
-        "--validation-fraction": ("validation_fraction", dict(type=float), "share of the queries held out (default 0.1)"),
+        "--validation": (None, dict(metavar="FILE", default=None),
+                         "pairs to validate on; without it a part of the queries is held out"),
+        "--validation-fraction": ("validation_fraction", dict(type=float),
+                                  "share of the queries held out (default 0.1)"),
         "--negatives": ("num_new_negatives", dict(type=int), "negatives a query (default 10)"),
         "--miner": ("hard_negative_model", {}, "bm25, or a dense model or ColBERT: a folder or a name on the Hub"),
-        "--model-size": ("hard_negative_model_size", dict(choices=["small", "base", "large"]), "of the miner, without --miner (default small)"),
+        "--model-size": ("hard_negative_model_size", dict(choices=["small", "base", "large"]),
+                         "of the miner, without --miner (default small)"),
         "--language": (None, dict(default="en"), "of the texts: it chooses the miner, without --miner (default en)"),
-        "--min-rank": ("hard_negative_minimum_rank", dict(type=int), "so many of the nearest passages are passed over (default 10)"),
-        "--max-rank": ("hard_negative_maximum_rank", dict(type=int), "the window's end; without it 100 after its start"),
+        "--min-rank": ("hard_negative_minimum_rank", dict(type=int),
+                       "so many of the nearest passages are passed over (default 10)"),
+        "--max-rank": ("hard_negative_maximum_rank", dict(type=int),
+                       "the window's end; without it 100 after its start"),
         "--no-mining": ("mine_hard_negatives", dict(action="store_false"), "draw negatives at random"),
         "--nway": ("nway", dict(type=int), "passages of a row, a positive and negatives (default 2)"),
         "--seed": ("seed", dict(type=int), "(default 42)")},
@@ -72,11 +82,13 @@ OPTIONS = {  # command -> option -> (parameter, what argparse wants to know besi
         "--out": (None, dict(metavar="FILE", default=None), "a .jsonl file; without it standard output"),
         "--negatives": (None, dict(type=int, default=10), "negatives a query (default 10)"),
         "--miner": (None, dict(default=None), "bm25, or a dense model or ColBERT: a folder or a name on the Hub"),
-        "--model-size": (None, dict(choices=["small", "base", "large"], default="small"), "of the miner, without --miner (default small)"),
+        "--model-size": (None, dict(choices=["small", "base", "large"], default="small"),
+                         "of the miner, without --miner (default small)"),
         "--language": (None, dict(default="en"), "of the texts (default en)"),
         "--min-rank": ("min_rank", dict(type=int), "so many of the nearest passages are passed over (default 10)"),
         "--max-rank": ("max_rank", dict(type=int), "the window's end; without it 100 after its start"),
-        "--relative-margin": ("relative_margin", dict(type=float), "drop what scores within this share of the positive, such as 0.05"),
+        "--relative-margin": ("relative_margin", dict(type=float),
+                              "drop what scores within this share of the positive, such as 0.05"),
         "--seed": ("seed", dict(type=int), "(default 42)")},
     "train": {
         "--model": (None, dict(required=True), "encoder or ColBERT to begin with: a folder or a name on the Hub"),
@@ -89,10 +101,12 @@ OPTIONS = {  # command -> option -> (parameter, what argparse wants to know besi
         "--dim": ("dim", dict(type=int), "of a token's vector (default 128)"),
         "--doc-maxlen": ("doc_maxlen", dict(type=int), "tokens of a passage (default 256)"),
         "--query-maxlen": ("query_maxlen", dict(type=int), "tokens of a query (default 32)"),
-        "--no-query-expansion": ("query_expansion", dict(action="store_false"), "do not fill queries with mask tokens"),
+        "--no-query-expansion": ("query_expansion", dict(action="store_false"),
+                                 "do not fill queries with mask tokens"),
         "--warmup-steps": ("warmup_steps", dict(type=_number), "(default auto)"),
         "--accumsteps": ("accumsteps", dict(type=int), "parts a batch is computed in (default 1)"),
-        "--mini-batch-size": ("mini_batch_size", dict(type=int), "triples encoded at a time, for batches larger than memory"),
+        "--mini-batch-size": ("mini_batch_size", dict(type=int),
+                              "triples encoded at a time, for batches larger than memory"),
         "--loss": ("loss", {}, "contrastive, colbert-ai, kl or margin_mse (default auto)"),
         "--resume": ("resume", dict(action="store_true"), "go on with a run of this name"),
         "--overwrite": ("overwrite", dict(action="store_true"), "replace a run of this name"),
@@ -103,12 +117,14 @@ OPTIONS = {  # command -> option -> (parameter, what argparse wants to know besi
         "--data": (None, dict(required=True), "what is to be found: a table of pairs or a BEIR folder"),
         "--split": (None, dict(default="test"), "of a BEIR folder (default test)"),
         "--trained-on": (None, dict(metavar="DATA", default=None), "refuse a test that shares queries with this"),
-        "--metric": (None, dict(action="append"), "such as nDCG@10; may be given several times (default nDCG@10, MRR@10, Recall@100)"),
+        "--metric": (None, dict(action="append"),
+                     "such as nDCG@10; may be given several times (default nDCG@10, MRR@10, Recall@100)"),
         "--bm25": (None, dict(action="store_true"), "BM25 beside the models"),
         "--out": (None, dict(metavar="FILE", default=None), "a .json file for the results"),
         "--json": (None, dict(action="store_true"), "JSON and no table")},
     "export": {
-        "--to": (None, dict(choices=["onnx", "vespa"], default="onnx"), "one ONNX file, or an application for Vespa (default onnx)"),
+        "--to": (None, dict(choices=["onnx", "vespa"], default="onnx"),
+                 "one ONNX file, or an application for Vespa (default onnx)"),
         "--quantize": ("quantize", dict(choices=["int8", "fp16"]), "a quarter or half of the size"),
         "--opset": ("opset", dict(type=int), "of ONNX (default 18)"),
         "--no-check": ("check", dict(action="store_false"), "do not compare with PyTorch")},
@@ -119,7 +135,8 @@ OPTIONS = {  # command -> option -> (parameter, what argparse wants to know besi
         "--create-pr": ("create_pr", dict(action="store_true"), "propose the files in a pull request"),
         "--tag": ("tag", {}, "of the commit"),
         "--message": ("commit_message", {}, "of the commit"),
-        "--replace-model-card": ("replace_model_card", dict(action="store_true"), "also where the repository has a card"),
+        "--replace-model-card": ("replace_model_card", dict(action="store_true"),
+                                 "also where the repository has a card"),
         "--base-model": ("base_model", {}, "for the card: a name on the Hub"),
         "--language": ("language", {}, "for the card, such as en"),
         "--license": ("license", {}, "for the card, such as apache-2.0"),
@@ -127,26 +144,32 @@ OPTIONS = {  # command -> option -> (parameter, what argparse wants to know besi
         "--dry-run": ("dry_run", dict(action="store_true"), "only list what would be sent"),
         "--json": (None, dict(action="store_true"), "with --dry-run: JSON and no table")},
     "search": {
-        "--documents": (None, dict(metavar="FILE", default=None), "passages to index: .txt, or a table with a column passage, text or content"),
+        "--documents": (None, dict(metavar="FILE", default=None),
+                        "passages to index: .txt, or a table with a column passage, text or content"),
         "--add": (None, dict(action="store_true"), "add the documents to an index that has some"),
         "--overwrite": (None, dict(action="store_true"), "replace the documents of an index"),
-        "--queries": (None, dict(metavar="FILE", default=None), "queries: .txt, or a table with a column query or text"),
+        "--queries": (None, dict(metavar="FILE", default=None),
+                      "queries: .txt, or a table with a column query or text"),
         "-k": (None, dict(type=int, default=10), "passages a query (default 10)"),
         "--encoding": ("encoding", {}, "of the files (default utf-8)"),
         "--json": (None, dict(action="store_true"), "JSON and no table")},
 }
 
-# %% ../nbs/13_cli_options.ipynb #75f99eeb
+# %% ../nbs/13_cli_options.ipynb #ad4aa7a9
 COMMANDS = {  # command -> (what it is for, arguments, groups of options beside its own)
-    "prepare": ("pairs to training data, with hard negatives", {"source": "a table of pairs, or a BEIR folder"}, ("table", "split", "device")),
+    "prepare": ("pairs to training data, with hard negatives", {"source": "a table of pairs, or a BEIR folder"},
+                ("table", "split", "device")),
     "mine": ("hard negatives as triplets in a file, to be looked at, and then prepared",
              {"source": "a table of pairs, a BEIR folder, or training data"}, ("table", "split", "device")),
     "train": ("training data to a checkpoint", {"data": "the folder that prepare wrote"}, ("device",)),
-    "evaluate": ("how well models find what they should", {"models": "checkpoints; a plain encoder is the untrained model"}, ("table", "device")),
-    "export": ("a checkpoint to ONNX, or to an application for Vespa", {"checkpoint": "that train gave", "out": "a folder"}, ()),
+    "evaluate": ("how well models find what they should",
+                 {"models": "checkpoints; a plain encoder is the untrained model"}, ("table", "device")),
+    "export": ("a checkpoint to ONNX, or to an application for Vespa",
+               {"checkpoint": "that train gave", "out": "a folder"}, ()),
     "push": ("a checkpoint to the Hugging Face Hub", {"checkpoint": "that train gave", "repository": "user/name"}, ()),
     "search": ("index passages, and find the best for a query",
-               {"checkpoint": "that train gave", "index": "folder of the index", "query": "what to look for; several in quotes"}, ("device",)),
+               {"checkpoint": "that train gave", "index": "folder of the index",
+                "query": "what to look for; several in quotes"}, ("device",)),
 }
 MANY = {"models": "+", "query": "*"}
 
@@ -160,7 +183,7 @@ EXAMPLES = {
     "search": "colbert-nb search runs/mine/best index --documents collection.jsonl 'how do I sort a list'",
 }
 
-# %% ../nbs/13_cli_options.ipynb #0d55fa7d
+# %% ../nbs/13_cli_options.ipynb #9d4e6860
 def option_words(
     option: str,            # such as "--seed"
     parameter: str | None,  # of the function; None: the command takes it itself
@@ -175,17 +198,20 @@ def option_words(
 def make_parser() -> argparse.ArgumentParser:
     "All commands and their options. Nothing heavy is imported for it."
     style = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser = argparse.ArgumentParser("colbert-nb", description="From (query, passage) pairs to a trained ColBERT retrieval model.", **style,
-                                     epilog="examples:\n" + "\n".join(f"  {line}" for line in EXAMPLES.values()))
+    parser = argparse.ArgumentParser(
+        "colbert-nb", description="From (query, passage) pairs to a trained ColBERT retrieval model.", **style,
+        epilog="examples:\n" + "\n".join(f"  {line}" for line in EXAMPLES.values()))
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (purpose, places, groups) in COMMANDS.items():
         command = commands.add_parser(name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.",
                                       epilog=f"example:\n  {EXAMPLES[name]}", **style)
         command.set_defaults(fail=command.error)
-        for place, text in places.items(): command.add_argument(place, help=text, **{"nargs": MANY[place]} if place in MANY else {})
-        for option, (parameter, options, text) in [pair for group in (name, *groups, "general") for pair in OPTIONS[group].items()]:
-            command.add_argument(option, help=text, **option_words(option, parameter, options))
+        for place, text in places.items():
+            command.add_argument(place, help=text, **{"nargs": MANY[place]} if place in MANY else {})
+        for group in (name, *groups, "general"):
+            for option, (parameter, options, text) in OPTIONS[group].items():
+                command.add_argument(option, help=text, **option_words(option, parameter, options))
     return parser
 
 def parse(
@@ -193,6 +219,7 @@ def parse(
 ) -> argparse.Namespace:
     "The options of a command. What cannot be understood ends with `SystemExit`, the status 2 and a word why."
     args, rest = make_parser().parse_known_args(argv)
-    if rest and (args.command != "search" or any(word.startswith("-") for word in rest)): args.fail(f"unrecognized arguments: {' '.join(rest)}")
+    if rest and (args.command != "search" or any(word.startswith("-") for word in rest)):
+        args.fail(f"unrecognized arguments: {' '.join(rest)}")
     if rest: args.query += rest
     return args
