@@ -141,7 +141,8 @@ def recall(found: np.ndarray, ids: np.ndarray) -> float:
 
 def measure_index(case: str, folder: Path, n: int) -> dict:
     "One index, in this process: k=110 for all queries, twice; the second search counts. A build that was stopped is timed from there."
-    from colbert_nb.mining_index import ExactIndex, VoyagerIndex
+    from colbert_nb.mining_graph import VoyagerIndex
+    from colbert_nb.mining_index import ExactIndex
 
     vectors, queries = made_vectors(folder, n)
     memory, kept = Memory(), folder / f"graph-{n}-{case}"

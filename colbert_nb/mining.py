@@ -6,7 +6,7 @@
 __all__ = ['log', 'HARD_NEGATIVE_MODELS', 'PROMPTS', 'hard_negative_model_name', 'mining_prompts', 'Miner', 'HardNegativeMiner',
            'MiningRules', 'rank_window', 'ExactIndex', 'VoyagerIndex']
 
-# %% ../nbs/06_mining.ipynb #fab06b02
+# %% ../nbs/06_mining.ipynb #7a5a74ca
 import logging
 import re
 from collections.abc import Sequence
@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from .calls import check_texts, hide_bar
-from .mining_index import ExactIndex, VoyagerIndex, make_index
+from .mining_graph import VoyagerIndex
+from .mining_index import ExactIndex, make_index
 from .mining_rules import (MiningRules, PairScores, Verdict, choose, cross_encoder_scores, dense_scores, flat_positives,
                                      judge, rank_window, text_keys)
 from .mining_vectors import embed_texts, model_key
@@ -76,7 +77,7 @@ def mining_prompts(
             return {"query": query, "document": document}
     return {"query": "", "document": ""}
 
-# %% ../nbs/06_mining.ipynb #c12e597f
+# %% ../nbs/06_mining.ipynb #8cce443d
 class Miner:
     """What every miner does with a ranking. A subclass has `_index(corpus, n_queries)`, `_read(queries)`, `_rank(read, k)`, `_score(read)`.
 

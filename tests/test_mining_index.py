@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from killing import imported, kill_at
 
-from colbert_nb.mining_index import (ExactIndex, VoyagerIndex, choose_index, fingerprint, largest, make_index)
+from colbert_nb.mining_graph import VoyagerIndex, fingerprint
+from colbert_nb.mining_index import ExactIndex, choose_index, largest, make_index
 from colbert_nb.mining_vectors import embed_texts
 
 
@@ -105,14 +106,14 @@ def test_a_graph_that_reaches_too_few_is_searched_exactly_and_says_so(caplog):
             raise voyager.RecallError("too few")
 
     index.index = Refuses()
-    with caplog.at_level(logging.WARNING, "colbert_nb.mining_index"):
+    with caplog.at_level(logging.WARNING, "colbert_nb.mining_graph"):
         ids, scores = index.search(vectors[:3], 20)
     nearest(vectors, vectors[:3], ids, scores, 20)
     assert "3 queries are searched exactly" in caplog.text
 
 
 def test_storage_goes_by_size(monkeypatch):
-    monkeypatch.setattr("colbert_nb.mining_index.FLOAT8_ABOVE", 100 * 4 * 32)
+    monkeypatch.setattr("colbert_nb.mining_graph.FLOAT8_ABOVE", 100 * 4 * 32)
     assert VoyagerIndex(clustered(100)).settings["storage"] == "float32"
     assert VoyagerIndex(clustered(101)).settings["storage"] == "float8"
     assert VoyagerIndex(clustered(101), storage="float32").settings["storage"] == "float32"
@@ -140,10 +141,10 @@ def build_until(place: str, saves: int, folder: Path, flag: Path):
     "What the killed process does: build, and stop at a place where it can be killed."
     import voyager
 
-    from colbert_nb import mining_index
+    from colbert_nb import mining_graph
 
     done, save = [], VoyagerIndex.save
-    whole_folder = mining_index.whole_folder
+    whole_folder = mining_graph.whole_folder
 
     def counted(self, folder):
         if place == "adding" and len(done) == saves:
@@ -163,14 +164,14 @@ def build_until(place: str, saves: int, folder: Path, flag: Path):
                 wait_for_the_end(flag)
             return self.inner.__exit__(*error)
 
-    VoyagerIndex.save, mining_index.whole_folder = counted, Folder
+    VoyagerIndex.save, mining_graph.whole_folder = counted, Folder
     VoyagerIndex(clustered(1000), folder=folder, save_every=300)
 
 
 @pytest.mark.parametrize("place, saves", [("adding", 0), ("adding", 2), ("saving", 1), ("saving", 3)])
 def test_killed_build_is_gone_on_with(tmp_path, place, saves, caplog):
     "Killed while it adds vectors or while it writes: the next call ends with the bytes of a build that nobody stopped."
-    context = imported("colbert_nb.mining_index", "voyager")
+    context = imported("colbert_nb.mining_graph", "voyager")
     folder, flag = tmp_path / "index", tmp_path / "flag"
     process = context.Process(target=build_until, args=(place, saves, folder, flag))
     kill_at(process, flag)
@@ -178,7 +179,7 @@ def test_killed_build_is_gone_on_with(tmp_path, place, saves, caplog):
     if saves:
         with pytest.raises(ValueError, match=f"stopped after {300 * saves} of 1000 vectors"):
             VoyagerIndex.load(folder, vectors)
-    with caplog.at_level(logging.INFO, "colbert_nb.mining_index"):
+    with caplog.at_level(logging.INFO, "colbert_nb.mining_graph"):
         VoyagerIndex(vectors, folder=folder, save_every=300)
     assert (f"{300 * saves} of 1000 vectors are in the saved index" in caplog.text) == bool(saves)
     VoyagerIndex(vectors, folder=tmp_path / "undisturbed", save_every=300)
@@ -283,3 +284,12 @@ def test_make_index_follows_the_rule_and_says_so(tmp_path, monkeypatch, caplog):
         make_index(vectors, seed=6, folder=tmp_path / "index")
     with pytest.raises(ValueError, match="'faiss'"):
         make_index(vectors, "faiss")
+
+
+def test_names_of_the_graph_are_found_where_they_were():
+    from colbert_nb import mining_graph, mining_index
+
+    for name in ("BATCH", "FLOAT8_ABOVE", "VoyagerIndex", "fingerprint", "wide_enough"):
+        assert getattr(mining_index, name) is getattr(mining_graph, name) and name in mining_index.__all__
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        mining_index.nothing
