@@ -59,9 +59,9 @@ def cut_log(run: Path, step: int) -> None:
     with whole_file(run / LOG_FILE) as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
 
-# %% ../nbs/07_training_folder.ipynb #e1933835
+# %% ../nbs/07_training_folder.ipynb #e0841d04
 def last_good(run: Path) -> str:
-    "Where a run can be gone on from, in words."
+    "From where a run can go on, in words."
     last = list(checkpoints(run).values())
     return f"the last good checkpoint is {last[-1]}, resume=True goes on from there" if last else "no checkpoint was saved yet"
 

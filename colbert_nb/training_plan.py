@@ -65,7 +65,7 @@ def plan_steps(
         raise ValueError(f"expected warmup_steps of at most the {steps} steps of this run, got {warmup_steps}; 'auto' takes a tenth")
     return Plan(batch_size, accumsteps, min(n_triples * epochs, steps * batch_size), steps, warmup)
 
-# %% ../nbs/07_training_plan.ipynb #66e08954
+# %% ../nbs/07_training_plan.ipynb #9007624a
 class ShuffledTriples(Dataset):
     "All passes over the triples in one row: item i is the same for the same seed, however often a run is stopped."
 
@@ -76,7 +76,8 @@ class ShuffledTriples(Dataset):
         seed: int = 42,
         shuffle: bool = True,  # False: in the order of the file, as colbert-ai reads it
     ):
-        self.n_triples, self.length, self.seed, self.shuffle, self.epoch, self.order = n_triples, length, seed, shuffle, None, None
+        self.n_triples, self.length, self.seed, self.shuffle = n_triples, length, seed, shuffle
+        self.epoch, self.order = None, None  # the pass that was asked for last
 
     def __len__(self) -> int:
         return self.length
@@ -193,7 +194,7 @@ def advise(
                     "gave 0.02 to 0.11 nDCG@10 more before training and 0.01 to 0.015 more after 25 steps at 5e-5. Try query_expansion=False")
     return said
 
-# %% ../nbs/07_training_plan.ipynb #17b8184f
+# %% ../nbs/07_training_plan.ipynb #29e6b9e1
 OWN_ARGUMENTS = {"output_dir": "output_dir", "per_device_train_batch_size": "batch_size", "seed": "seed", "data_seed": "seed",
                  "gradient_accumulation_steps": "accumsteps", "max_steps": "maxsteps", "num_train_epochs": "epochs",
                  "eval_strategy": "data with validation rows", "metric_for_best_model": "validation_metric",
@@ -220,7 +221,7 @@ def check_settings(**values) -> None:
         if not fits(values[name]):
             raise ValueError(f"expected {name} as {wanted}, got {values[name]!r}")
 
-
+# %% ../nbs/07_training_plan.ipynb #e8a06397
 def check_arguments(given: dict) -> None:
     "Raises ValueError for further arguments that have a name here, or that nobody knows."
     for name in given:
