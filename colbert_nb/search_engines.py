@@ -99,7 +99,7 @@ def colbert_ai_here(
                 for name, function in {**functions, "loaded_extensions": True}.items(): put(stack, owner, name, function)
         yield
 
-# %% ../nbs/12_search_engines.ipynb #23ca2a95
+# %% ../nbs/12_search_engines.ipynb #0381ce42
 Found = list[tuple[list[int], list[float]]]  # for each query positions and scores, best first
 
 class ColbertAIEngine:
@@ -159,6 +159,7 @@ class ColbertAIEngine:
             found = [opened.dense_search(q.float().cpu()[None], k=k, filter_fn=keep) for q in Q]
         return [(list(pids), list(scores)) for pids, _, scores in found]
 
+# %% ../nbs/12_search_engines.ipynb #af417d2e
 class FastPlaidEngine:
     "fast-plaid on vectors that are there."
     name, can_add = "fast-plaid", True

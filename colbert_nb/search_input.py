@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 from .mining_vectors import tokenizer_key, weights_key
 
-# %% ../nbs/12_search_input.ipynb #a3f7a3fa
+# %% ../nbs/12_search_input.ipynb #a52ae0a2
 DOCUMENT_SETTINGS = ("doc_maxlen", "doc_token_id", "mask_punctuation", "skiplist_words", "skip_punctuation_before_encoding")
 _NO_MATTER = ("architectures", "dtype", "torch_dtype", "name_or_path", "transformers_version")
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from .vespa_rank import Calculator, Tensor
 
-# %% ../nbs/11_vespa_check.ipynb #2ba7b858
+# %% ../nbs/11_vespa_check.ipynb #5d2f6984
 class Element(NamedTuple):
     "What may stand in one element."
     attributes: dict[str, str] = {}  # name -> pattern of its value; all are needed
@@ -47,7 +47,7 @@ SERVICES = {
     "document": Element({"type": NAME, "mode": "index|streaming"}),
 }
 
-
+# %% ../nbs/11_vespa_check.ipynb #e37a7f87
 def check_services(
     text: str,  # services.xml
 ) -> dict[str, str]:  # the component's id, the document's type, and each of the component's values by its element
@@ -79,7 +79,7 @@ def check_services(
             raise ValueError(f"services.xml, {name}: expected at most max-tokens, got {values[name]}; Vespa would use less without a word")
     return {"id": component.get("id"), "type": root.find("content/documents/document").get("type"), **values}
 
-# %% ../nbs/11_vespa_check.ipynb #0ad8e8c9
+# %% ../nbs/11_vespa_check.ipynb #597b95d0
 TENSOR = r"tensor<(int8|bfloat16|float)>\((\w+)\{\}, (\w+)\[([1-9]\d*)\]\)"
 PART = rf'(?:\(input {NAME} \|\| ""\)|input {NAME}|" ")'
 EMBED = rf"{PART}(?: \. {PART})* \| embed ({NAME}) \| attribute"
@@ -107,7 +107,7 @@ class Block(NamedTuple):
         "The blocks of one kind."
         return [block for block in self.blocks if block.kind == kind]
 
-
+# %% ../nbs/11_vespa_check.ipynb #544843ca
 def parse_schema(
     text: str,  # of a .sd file
 ) -> Block:  # the outer block
@@ -134,7 +134,7 @@ def parse_schema(
         raise ValueError(f"expected one schema whose braces are closed, got {'an open ' + stack[-1].kind if len(stack) > 1 else len(outer.blocks)}")
     return outer.blocks[0]
 
-# %% ../nbs/11_vespa_check.ipynb #47dd8f7c
+# %% ../nbs/11_vespa_check.ipynb #4c5ce5eb
 def declared(type_: str) -> Tensor:
     "A small tensor of a declared type: two entries in the mapped dimension."
     cell, mapped, indexed, size = re.fullmatch(TENSOR, type_).groups()
@@ -159,7 +159,7 @@ def _features(schema: Block, components: Sequence[str]) -> dict[str, Tensor]:
             raise ValueError(f"fieldset: expected fields that are indexed, of {', '.join(texts)}, got {name}")
     return features
 
-
+# %% ../nbs/11_vespa_check.ipynb #09b5a666
 def _profile(block: Block, name: str, base: Calculator) -> Calculator:
     "A rank profile on top of the one that it inherits, each of its expressions computed once."
     inputs = {key: declared(value) for part in block.of("inputs") for key, value in part.values.items()}
@@ -175,7 +175,7 @@ def _profile(block: Block, name: str, base: Calculator) -> Calculator:
             raise ValueError(f"rank-profile {name}, {expression!r}: expected a number, got a tensor over {', '.join(value.dims)}")
     return calculator
 
-
+# %% ../nbs/11_vespa_check.ipynb #aa92830c
 def check_schema(
     text: str,  # of a .sd file
     components: Sequence[str] = ("colbert",),  # ids of the embedders in services.xml

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-# %% ../nbs/11_vespa_rank.ipynb #48220cff
+# %% ../nbs/11_vespa_rank.ipynb #1c4b6337
 class Tensor(NamedTuple):
     "Values with named dimensions; an indexed dimension has a size that the type fixes, a mapped one has not."
     dims: tuple[str, ...]
@@ -37,7 +37,7 @@ def join(a: Tensor, b: Tensor, sign: str) -> Tensor:
     function = {"+": np.add, "-": np.subtract, "*": np.multiply, "/": np.divide}[sign]
     return Tensor(dims, function(a.over(dims), b.over(dims)), a.indexed | b.indexed)
 
-# %% ../nbs/11_vespa_rank.ipynb #693d818f
+# %% ../nbs/11_vespa_rank.ipynb #b6dbf8c7
 def reduce(a: Tensor, how: str, dims: Sequence[str]) -> Tensor:
     "Vespa's reduce along `dims`, along all where there are none. Raises ValueError for a dimension that is not there."
     if missing := [d for d in dims if d not in a.dims]:
@@ -55,7 +55,28 @@ def unpack(a: Tensor) -> Tensor:
     axis = a.dims.index(*a.indexed)
     return Tensor(a.dims, np.unpackbits(a.values.view(np.uint8), axis=axis).astype(np.float32), a.indexed)
 
-# %% ../nbs/11_vespa_rank.ipynb #f81f1fdb
+# %% ../nbs/11_vespa_rank.ipynb #9dc8fa17
+def _applied(name: str, value: Tensor, words: list[str]) -> Tensor:
+    "One of Vespa's four operations that MaxSim needs, with its further arguments as words."
+    if name == "unpack_bits":
+        return unpack(value)
+    if name == "sum":
+        return reduce(value, "sum", words)
+    if name == "reduce":
+        if not words or words[0] not in ("sum", "max", "min", "avg"):
+            raise ValueError(f"reduce: expected one of sum, max, min, avg, got {', '.join(words[:1]) or 'nothing'}")
+        return reduce(value, words[0], words[1:])
+    length = reduce(join(value, value, "*"), "sum", words)  # l2_normalize
+    return join(value, Tensor(length.dims, np.sqrt(length.values), length.indexed), "/")
+
+
+def _closed(tokens: list[str], at: int) -> int:
+    "The place behind a closing bracket."
+    if tokens[at] != ")":
+        raise ValueError(f"expected ')' after {' '.join(tokens[:at])!r}, got {tokens[at]!r}")
+    return at + 1
+
+# %% ../nbs/11_vespa_rank.ipynb #c2ad2c26
 class Calculator:
     "Computes a rank expression from values of its features. Raises ValueError, showing the place, for what it cannot read or compute."
 
@@ -91,7 +112,7 @@ class Calculator:
             return Tensor((), np.float32(word)), at + 1
         if word == "(":
             value, at = self._sum(tokens, at + 1)
-            return value, self._closed(tokens, at)
+            return value, _closed(tokens, at)
         feature = "".join(tokens[at:at + 4])
         if feature in self.features:
             return self.features[feature], at + 4
@@ -104,21 +125,4 @@ class Calculator:
         words = []
         while tokens[at] == ",":
             words, at = [*words, tokens[at + 1]], at + 2
-        return self._apply(word, value, words), self._closed(tokens, at)
-
-    def _closed(self, tokens: list[str], at: int) -> int:
-        if tokens[at] != ")":
-            raise ValueError(f"expected ')' after {' '.join(tokens[:at])!r}, got {tokens[at]!r}")
-        return at + 1
-
-    def _apply(self, name: str, value: Tensor, words: list[str]) -> Tensor:
-        if name == "unpack_bits":
-            return unpack(value)
-        if name == "sum":
-            return reduce(value, "sum", words)
-        if name == "reduce":
-            if not words or words[0] not in ("sum", "max", "min", "avg"):
-                raise ValueError(f"reduce: expected one of sum, max, min, avg, got {', '.join(words[:1]) or 'nothing'}")
-            return reduce(value, words[0], words[1:])
-        length = reduce(join(value, value, "*"), "sum", words)
-        return join(value, Tensor(length.dims, np.sqrt(length.values), length.indexed), "/")
+        return _applied(word, value, words), _closed(tokens, at)
