@@ -262,7 +262,8 @@ class Renderer:
 
     @staticmethod
     def _words(token: Token) -> str:
-        return "".join(t.content if t.type in ("text", "code_inline", "math_inline") else " " for t in token.children or [])
+        return "".join(t.content if t.type in ("text", "code_inline", "math_inline") else " " if t.type.endswith("break") else ""
+                       for t in token.children or [])
 
     def _inline(self, token: Token, link_code: bool = True) -> None:
         "Links to notebooks become links to pages, names of the package links to where they are described."

@@ -313,6 +313,12 @@ def test_markdown_of_a_page(tmp_path):
     assert '<p class="callout-title">Mind</p>' in page and "the gap" in page and '<div class="table"' in page
 
 
+def test_what_the_search_shows_of_a_sentence(tmp_path):
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# Made\n\nA *hard* negative,\n**near** by.")]), tmp_path / "01_made.ipynb")
+    page = site_build.read_page(tmp_path, Path("01_made.ipynb"), {})
+    assert site_render.Renderer([page], {}, "").page(page)[2][0].text == ["", "A hard negative, near by."]
+
+
 def test_long_names_in_a_table(tmp_path):
     "They are cut after an underscore, or a phone shows half of the table; in a sentence they stay whole."
     page = made(tmp_path, "# Made", "A `drop_same_text`.\n\n| rule |\n|---|\n| `drop_same_text` or `top_k` or `a<b` |")
