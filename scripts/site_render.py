@@ -89,10 +89,11 @@ def primes_at_full_size(tree: ElementTree.Element) -> None:
 def formula(latex: str, block: bool) -> str:
     "A formula as MathML, which browsers lay out by themselves. A command that is not known is a `ValueError`."
     typed = []
+    if r"\textbackslash" in latex:
+        raise ValueError(f"expected a formula that JupyterLab shows, too, got \\textbackslash in {latex!r}, which its MathJax does not know")
 
     def keep(found: re.Match) -> str:
-        text = found[2].replace(r"\textbackslash ", "\\").replace(r"\textbackslash", "\\")
-        text = html.escape(re.sub(r"\\([{}_%&#$])", r"\1", text), quote=False).replace(" ", "\u00a0")
+        text = html.escape(re.sub(r"\\([{}_%&#$])", r"\1", found[2]), quote=False).replace(" ", "\u00a0")
         typed.append(f'<mtext{CODE if found[1] == "texttt" else ""}>{text}</mtext>')
         return rf"\text{{typed{len(typed) - 1}}}"
 

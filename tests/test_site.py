@@ -329,6 +329,8 @@ def test_long_names_in_a_table(tmp_path):
 def test_a_formula_that_cannot_be_shown_is_named(tmp_path):
     with pytest.raises(ValueError, match="nosuchcommand"):
         made(tmp_path, "# Made", "$$\\nosuchcommand{x}$$")
+    with pytest.raises(ValueError, match="JupyterLab"):
+        made(tmp_path, "# Made", "$$\\texttt{\\textbackslash 0}$$")
 
 
 def test_a_folder_that_holds_no_site_is_left_alone(tmp_path, site):
