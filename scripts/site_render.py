@@ -208,7 +208,8 @@ class Renderer:
         md.use(footnote_plugin)
         md.use(container_plugin, "callout", validate=lambda params, *_: bool(CALLOUT.search(params)), render=self._callout)
         md.add_render_rule("fence", lambda _, tokens, i, *rest: code(tokens[i].content.rstrip("\n"), tokens[i].info.strip(" {}.").split(" ")[0]))
-        md.add_render_rule("code_inline", lambda _, tokens, i, *rest: f"<code>{self._breaks(tokens[i])}</code>")
+        md.add_render_rule("code_inline", lambda _, tokens, i, *rest: f"<code>{self._breaks(tokens[i], html.escape(tokens[i].content, quote=False))}</code>")
+        md.add_render_rule("text", lambda _, tokens, i, *rest: re.sub(r"\S{24,}", lambda long: self._breaks(tokens[i], long[0]), html.escape(tokens[i].content)))
         md.add_render_rule("code_block", lambda _, tokens, i, *rest: code(tokens[i].content.rstrip("\n"), "text"))
         md.add_render_rule("table_open", lambda *_: '<div class="table"><table>')
         md.add_render_rule("table_close", lambda *_: "</table></div>")
@@ -256,9 +257,8 @@ class Renderer:
         return self.md.renderer.render(tokens, self.md.options, {})
 
     @staticmethod
-    def _breaks(token: Token) -> str:
-        "Code in a sentence, or in a cell of a table, where a long name may go on in the next line after a dot or an underscore."
-        text = html.escape(token.content, quote=False)
+    def _breaks(token: Token, text: str) -> str:
+        "A name in a sentence, or in a cell of a table, where a long one may go on in the next line after a dot or an underscore."
         return re.sub(r"(?<=\w[._])(?=\w)", "<wbr>", text) if token.meta.get("cell") else text
 
     @staticmethod

@@ -321,7 +321,9 @@ def test_what_the_search_shows_of_a_sentence(tmp_path):
 
 def test_long_names_in_a_table(tmp_path):
     "They are cut after an underscore, or a phone shows half of the table; in a sentence they stay whole."
-    page = made(tmp_path, "# Made", "A `drop_same_text`.\n\n| rule |\n|---|\n| `drop_same_text` or `top_k` or `a<b` |")
+    page = made(tmp_path, "# Made", "A `drop_same_text`.\n\n| rule |\n|---|\n| `drop_same_text` or `top_k` or `a<b` |\n"
+                "| no.such.thing, encoder.layer.0.attention.query |")
+    assert "no.such.thing, encoder.<wbr>layer.<wbr>0.<wbr>attention.<wbr>query" in page
     assert page.count("<code>drop_same_text</code>") == page.count("<code>drop_<wbr>same_<wbr>text</code>") == 1
     assert 'top_k"><code>top_<wbr>k</code></a>' in page and "<code>a&lt;b</code>" in page
 
@@ -438,6 +440,8 @@ def test_pages_in_a_browser(browser, built, site):
         assert not browser.run("document.getElementById('site-menu').checkVisibility()")
         browser.run("document.getElementById('site-menu-button').click()")
         assert browser.run("document.getElementById('site-menu').checkVisibility()")
+        place = browser.run("(r => [r.top, r.bottom - innerHeight])(document.getElementById('site-menu').getBoundingClientRect())")
+        assert place == [browser.run("document.querySelector('.top').offsetHeight"), 0]   # below the head, and scrolled to its end by itself
         browser.open(address + "no/such/page.html")
         assert browser.run("document.querySelector('h1').textContent") == "Page not found"
         assert browser.run("getComputedStyle(document.querySelector('.top')).position") == "sticky"  # it has its style, and its links hold
