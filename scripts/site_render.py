@@ -208,8 +208,8 @@ class Renderer:
         md.use(footnote_plugin)
         md.use(container_plugin, "callout", validate=lambda params, *_: bool(CALLOUT.search(params)), render=self._callout)
         md.add_render_rule("fence", lambda _, tokens, i, *rest: code(tokens[i].content.rstrip("\n"), tokens[i].info.strip(" {}.").split(" ")[0]))
-        md.add_render_rule("code_inline", lambda _, tokens, i, *rest: f"<code>{self._breaks(tokens[i], html.escape(tokens[i].content, quote=False))}</code>")
-        md.add_render_rule("text", lambda _, tokens, i, *rest: re.sub(r"\S{24,}", lambda long: self._breaks(tokens[i], long[0]), html.escape(tokens[i].content)))
+        md.add_render_rule("code_inline", lambda _, tokens, i, *rest: self._code_inline(tokens[i]))
+        md.add_render_rule("text", lambda _, tokens, i, *rest: self._text(tokens[i]))
         md.add_render_rule("code_block", lambda _, tokens, i, *rest: code(tokens[i].content.rstrip("\n"), "text"))
         md.add_render_rule("table_open", lambda *_: '<div class="table"><table>')
         md.add_render_rule("table_close", lambda *_: "</table></div>")
@@ -255,6 +255,12 @@ class Renderer:
         tokens = self.md.parseInline(text)
         self._inline(tokens[0])
         return self.md.renderer.render(tokens, self.md.options, {})
+
+    def _code_inline(self, token: Token) -> str:
+        return f"<code>{self._breaks(token, html.escape(token.content, quote=False))}</code>"
+
+    def _text(self, token: Token) -> str:
+        return re.sub(r"\S{24,}", lambda long: self._breaks(token, long[0]), html.escape(token.content))
 
     @staticmethod
     def _breaks(token: Token, text: str) -> str:

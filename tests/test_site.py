@@ -277,7 +277,8 @@ def test_formulas():
 def test_functions_and_signs_in_formulas():
     "With the room that TeX leaves beside them: log 6, not log6; -1, not - 1."
     def spaces(latex: str) -> list[tuple]:
-        return [(m[2], m[1]) for m in re.finditer('<mo[^>]*?lspace="([^"]*" rspace="[^"]*)"[^>]*>([^<]*)</mo>', site_render.formula(latex, block=False))]
+        found = re.findall('<mo[^>]*?lspace="([^"]*" rspace="[^"]*)"[^>]*>([^<]*)</mo>', site_render.formula(latex, block=False))
+        return [(sign, room) for room, sign in found]
 
     assert spaces(r"2 \log 6") == [("log", '0.167em" rspace="0.167em')]
     assert spaces(r"(\log_2(i))") == [("log", '0" rspace="0')]                      # nothing before a parenthesis or after one
@@ -290,7 +291,8 @@ def test_long_lines_of_outputs(tmp_path):
     "A message goes on in the next line; what stands in columns does not, and is scrolled."
     message, tensor = "expected a list of texts, got one string 'sort'; write [text]", "tensor([[ 0.5, -0.5],\n        [ 1.0, 2.0]]) " + 60 * "x"
     table = "name              value\none                   1\n" + 60 * "-"
-    page = made(tmp_path, "# Made", ("refused", text(repr([message, message]).replace(", 'exp", ",\n 'exp"))), ("tensor", text(tensor)), ("table", text(table)))
+    messages = repr([message, message]).replace(", 'exp", ",\n 'exp")
+    page = made(tmp_path, "# Made", ("refused", text(messages)), ("tensor", text(tensor)), ("table", text(table)))
     assert page.count('<pre class="output wrapped">') == 1 and page.count(html.escape(message)) == 2
     assert page.count('<pre class="output">') == 2 and html.escape(table) in page
 
@@ -314,7 +316,8 @@ def test_markdown_of_a_page(tmp_path):
 
 
 def test_what_the_search_shows_of_a_sentence(tmp_path):
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# Made\n\nA *hard* negative,\n**near** by.")]), tmp_path / "01_made.ipynb")
+    cell = nbformat.v4.new_markdown_cell("# Made\n\nA *hard* negative,\n**near** by.")
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "01_made.ipynb")
     page = site_build.read_page(tmp_path, Path("01_made.ipynb"), {})
     assert site_render.Renderer([page], {}, "").page(page)[2][0].text == ["", "A hard negative, near by."]
 
