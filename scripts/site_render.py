@@ -89,10 +89,11 @@ def primes_at_full_size(tree: ElementTree.Element) -> None:
 def formula(latex: str, block: bool) -> str:
     "A formula as MathML, which browsers lay out by themselves. A command that is not known is a `ValueError`."
     typed = []
+    if r"\textbackslash" in latex:
+        raise ValueError(f"expected a formula that JupyterLab shows, too, got \\textbackslash in {latex!r}, which its MathJax does not know")
 
     def keep(found: re.Match) -> str:
-        text = found[2].replace(r"\textbackslash ", "\\").replace(r"\textbackslash", "\\")
-        text = html.escape(re.sub(r"\\([{}_%&#$])", r"\1", text), quote=False).replace(" ", "\u00a0")
+        text = html.escape(re.sub(r"\\([{}_%&#$])", r"\1", found[2]), quote=False).replace(" ", "\u00a0")
         typed.append(f'<mtext{CODE if found[1] == "texttt" else ""}>{text}</mtext>')
         return rf"\text{{typed{len(typed) - 1}}}"
 
@@ -207,7 +208,8 @@ class Renderer:
         md.use(footnote_plugin)
         md.use(container_plugin, "callout", validate=lambda params, *_: bool(CALLOUT.search(params)), render=self._callout)
         md.add_render_rule("fence", lambda _, tokens, i, *rest: code(tokens[i].content.rstrip("\n"), tokens[i].info.strip(" {}.").split(" ")[0]))
-        md.add_render_rule("code_inline", lambda _, tokens, i, *rest: f"<code>{self._breaks(tokens[i])}</code>")
+        md.add_render_rule("code_inline", lambda _, tokens, i, *rest: self._code_inline(tokens[i]))
+        md.add_render_rule("text", lambda _, tokens, i, *rest: self._text(tokens[i]))
         md.add_render_rule("code_block", lambda _, tokens, i, *rest: code(tokens[i].content.rstrip("\n"), "text"))
         md.add_render_rule("table_open", lambda *_: '<div class="table"><table>')
         md.add_render_rule("table_close", lambda *_: "</table></div>")
@@ -254,15 +256,21 @@ class Renderer:
         self._inline(tokens[0])
         return self.md.renderer.render(tokens, self.md.options, {})
 
+    def _code_inline(self, token: Token) -> str:
+        return f"<code>{self._breaks(token, html.escape(token.content, quote=False))}</code>"
+
+    def _text(self, token: Token) -> str:
+        return re.sub(r"\S{24,}", lambda long: self._breaks(token, long[0]), html.escape(token.content))
+
     @staticmethod
-    def _breaks(token: Token) -> str:
-        "Code in a sentence, or in a cell of a table, where a long name may go on in the next line after a dot or an underscore."
-        text = html.escape(token.content, quote=False)
+    def _breaks(token: Token, text: str) -> str:
+        "A name in a sentence, or in a cell of a table, where a long one may go on in the next line after a dot or an underscore."
         return re.sub(r"(?<=\w[._])(?=\w)", "<wbr>", text) if token.meta.get("cell") else text
 
     @staticmethod
     def _words(token: Token) -> str:
-        return "".join(t.content if t.type in ("text", "code_inline", "math_inline") else " " for t in token.children or [])
+        return "".join(t.content if t.type in ("text", "code_inline", "math_inline") else " " if t.type.endswith("break") else ""
+                       for t in token.children or [])
 
     def _inline(self, token: Token, link_code: bool = True) -> None:
         "Links to notebooks become links to pages, names of the package links to where they are described."

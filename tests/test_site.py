@@ -277,7 +277,8 @@ def test_formulas():
 def test_functions_and_signs_in_formulas():
     "With the room that TeX leaves beside them: log 6, not log6; -1, not - 1."
     def spaces(latex: str) -> list[tuple]:
-        return [(m[2], m[1]) for m in re.finditer('<mo[^>]*?lspace="([^"]*" rspace="[^"]*)"[^>]*>([^<]*)</mo>', site_render.formula(latex, block=False))]
+        found = re.findall('<mo[^>]*?lspace="([^"]*" rspace="[^"]*)"[^>]*>([^<]*)</mo>', site_render.formula(latex, block=False))
+        return [(sign, room) for room, sign in found]
 
     assert spaces(r"2 \log 6") == [("log", '0.167em" rspace="0.167em')]
     assert spaces(r"(\log_2(i))") == [("log", '0" rspace="0')]                      # nothing before a parenthesis or after one
@@ -290,7 +291,8 @@ def test_long_lines_of_outputs(tmp_path):
     "A message goes on in the next line; what stands in columns does not, and is scrolled."
     message, tensor = "expected a list of texts, got one string 'sort'; write [text]", "tensor([[ 0.5, -0.5],\n        [ 1.0, 2.0]]) " + 60 * "x"
     table = "name              value\none                   1\n" + 60 * "-"
-    page = made(tmp_path, "# Made", ("refused", text(repr([message, message]).replace(", 'exp", ",\n 'exp"))), ("tensor", text(tensor)), ("table", text(table)))
+    messages = repr([message, message]).replace(", 'exp", ",\n 'exp")
+    page = made(tmp_path, "# Made", ("refused", text(messages)), ("tensor", text(tensor)), ("table", text(table)))
     assert page.count('<pre class="output wrapped">') == 1 and page.count(html.escape(message)) == 2
     assert page.count('<pre class="output">') == 2 and html.escape(table) in page
 
@@ -313,9 +315,18 @@ def test_markdown_of_a_page(tmp_path):
     assert '<p class="callout-title">Mind</p>' in page and "the gap" in page and '<div class="table"' in page
 
 
+def test_what_the_search_shows_of_a_sentence(tmp_path):
+    cell = nbformat.v4.new_markdown_cell("# Made\n\nA *hard* negative,\n**near** by.")
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "01_made.ipynb")
+    page = site_build.read_page(tmp_path, Path("01_made.ipynb"), {})
+    assert site_render.Renderer([page], {}, "").page(page)[2][0].text == ["", "A hard negative, near by."]
+
+
 def test_long_names_in_a_table(tmp_path):
     "They are cut after an underscore, or a phone shows half of the table; in a sentence they stay whole."
-    page = made(tmp_path, "# Made", "A `drop_same_text`.\n\n| rule |\n|---|\n| `drop_same_text` or `top_k` or `a<b` |")
+    page = made(tmp_path, "# Made", "A `drop_same_text`.\n\n| rule |\n|---|\n| `drop_same_text` or `top_k` or `a<b` |\n"
+                "| no.such.thing, encoder.layer.0.attention.query |")
+    assert "no.such.thing, encoder.<wbr>layer.<wbr>0.<wbr>attention.<wbr>query" in page
     assert page.count("<code>drop_same_text</code>") == page.count("<code>drop_<wbr>same_<wbr>text</code>") == 1
     assert 'top_k"><code>top_<wbr>k</code></a>' in page and "<code>a&lt;b</code>" in page
 
@@ -323,6 +334,8 @@ def test_long_names_in_a_table(tmp_path):
 def test_a_formula_that_cannot_be_shown_is_named(tmp_path):
     with pytest.raises(ValueError, match="nosuchcommand"):
         made(tmp_path, "# Made", "$$\\nosuchcommand{x}$$")
+    with pytest.raises(ValueError, match="JupyterLab"):
+        made(tmp_path, "# Made", "$$\\texttt{\\textbackslash 0}$$")
 
 
 def test_a_folder_that_holds_no_site_is_left_alone(tmp_path, site):
@@ -430,6 +443,8 @@ def test_pages_in_a_browser(browser, built, site):
         assert not browser.run("document.getElementById('site-menu').checkVisibility()")
         browser.run("document.getElementById('site-menu-button').click()")
         assert browser.run("document.getElementById('site-menu').checkVisibility()")
+        place = browser.run("(r => [r.top, r.bottom - innerHeight])(document.getElementById('site-menu').getBoundingClientRect())")
+        assert place == [browser.run("document.querySelector('.top').offsetHeight"), 0]   # below the head, and scrolled to its end by itself
         browser.open(address + "no/such/page.html")
         assert browser.run("document.querySelector('h1').textContent") == "Page not found"
         assert browser.run("getComputedStyle(document.querySelector('.top')).position") == "sticky"  # it has its style, and its links hold
