@@ -93,6 +93,11 @@ def test_scores_too_close_for_float32_and_infinite_ones_keep_their_order():
     assert evaluate(run, {0: {3: 1}}, ["MRR@10"])["MRR@10"] == pytest.approx(1 / 3)
 
 
+def test_two_names_of_one_metric_have_one_value():
+    run, qrels = {"0": {"1": 1.0, "2": 0.5}, "1": {"1": 1.0}}, {0: {2: 1}, 1: {1: 1}}
+    assert evaluate(run, qrels, ["MRR@10", "RR@10", "MRR@10"]) == {"MRR@10": 0.75, "RR@10": 0.75}
+
+
 def test_queries_without_passages_or_judgments(caplog):
     run, qrels = {"0": {"1": 1.0}, "1": {}, "9": {"1": 1.0}}, {0: {1: 1}, 1: {1: 1}, 2: {1: 1}}
     assert evaluate(run, qrels, ["MRR@10"]) == pytest.approx({"MRR@10": 1 / 3})
