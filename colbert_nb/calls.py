@@ -9,7 +9,7 @@ __all__ = ['check_texts', 'hide_bar']
 import sys
 from collections.abc import Sequence
 
-# %% ../nbs/00_calls.ipynb #7cf82f5b
+# %% ../nbs/00_calls.ipynb #76cdc4a5
 def check_texts(
     texts: Sequence[str],  # what a caller gave
     kind: str,             # what messages call one of them, such as "query"
