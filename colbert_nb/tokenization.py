@@ -33,6 +33,16 @@ def _second(rows: torch.Tensor, value: int) -> torch.Tensor:
     "The rows with a value in second place."
     return torch.cat([rows[:, :1], rows.new_full((len(rows), 1), value), rows[:, 1:]], 1)
 
+# %% ../nbs/01_tokenization.ipynb #10a8708c
+def _marker_id(tokenizer, token: str) -> int | None:
+    "Vocabulary id of a marker; None for no marker."
+    if token == "": return None
+    found = tokenizer.convert_tokens_to_ids(token)
+    if found is None or (found == tokenizer.unk_token_id and token != tokenizer.unk_token):
+        raise ValueError(f"expected a marker that is in the tokenizer's vocabulary, got {token!r}: name an unused token "
+                         "through query_token_id and doc_token_id, or add the token to the tokenizer and the encoder")
+    return found
+
 # %% ../nbs/01_tokenization.ipynb #458d82cd
 def _check_texts(texts: Sequence[str]) -> None:
     "Refuse what is not a list of strings that can be written as UTF-8."
@@ -46,7 +56,16 @@ def _check_texts(texts: Sequence[str]) -> None:
             raise ValueError(f"row {row}: expected text that can be written as UTF-8, got a lone surrogate in {text!r:.80}: "
                              "read the text again with its true encoding") from error
 
-# %% ../nbs/01_tokenization.ipynb #54fc80cb
+# %% ../nbs/01_tokenization.ipynb #238886ae
+def _marked(tokenizer, texts: Sequence[str], marker_id: int | None, maxlen: int, padding: str) -> tuple[torch.Tensor, torch.Tensor]:
+    "Ids and attention mask, cut to maxlen, with the marker as second token."
+    _check_texts(texts)
+    out = tokenizer(list(texts), padding=padding, truncation=True, max_length=maxlen - (marker_id is not None), padding_side="right",
+                    return_tensors="pt", return_token_type_ids=False)
+    if marker_id is None: return out["input_ids"], out["attention_mask"]
+    return _second(out["input_ids"], marker_id), _second(out["attention_mask"], 1)   # (batch, tokens)
+
+# %% ../nbs/01_tokenization.ipynb #d6d10b69
 def punctuation_ids(tokenizer, *, all_pieces: bool = False) -> set[int]:
     "Ids of the first piece of every ASCII symbol, colbert-ai's skiplist; of all its pieces, Vespa's."
     symbols = tokenizer(list(string.punctuation), add_special_tokens=False)["input_ids"]
@@ -63,6 +82,13 @@ def _check_words(tokenizer, words: Sequence[str] | None) -> list[str] | None:
         raise ValueError(f"skiplist_words: expected tokens of the tokenizer's vocabulary, got {missing[0]!r}: write a token as the "
                          "vocabulary does, such as '▁.' with the mark of a beginning word")
     return list(words)
+
+def _skiplist(tokenizer, words: list[str] | None, mask_punctuation: bool, skip_before: bool) -> torch.Tensor:
+    "Sorted ids whose vectors do not count: none, those of the words, or those of the punctuation (Vespa's, if it is skipped before)."
+    if not mask_punctuation: ids = set()
+    elif words is None or skip_before: ids = punctuation_ids(tokenizer, all_pieces=skip_before)
+    else: ids = set(tokenizer.convert_tokens_to_ids(words))
+    return torch.tensor(sorted(ids), dtype=torch.int64)
 
 # %% ../nbs/01_tokenization.ipynb #f2409758
 def _check_settings(tokenizer, query_maxlen: int, doc_maxlen: int, mask_punctuation: bool, query_expansion: bool, skip_before: bool) -> None:
@@ -83,7 +109,7 @@ def _check_settings(tokenizer, query_maxlen: int, doc_maxlen: int, mask_punctuat
         raise ValueError("expected mask_punctuation=True with skip_punctuation_before_encoding=True, got False: a token that "
                          "the encoder does not see has no vector; leave one of the two at its default")
 
-# %% ../nbs/01_tokenization.ipynb #0e02ec85
+# %% ../nbs/01_tokenization.ipynb #ae742b9b
 class ColBERTTokenizer:
     """Queries and documents to token ids as ColBERT wants them (Khattab and Zaharia, 2020, section 3.2).
 
@@ -108,35 +134,14 @@ class ColBERTTokenizer:
         self.query_token_id, self.doc_token_id = query_token_id, doc_token_id
         self.mask_punctuation, self.attend_to_mask_tokens = mask_punctuation, attend_to_mask_tokens
         self.query_expansion, self.skip_punctuation_before_encoding = query_expansion, skip_punctuation_before_encoding
-        self.query_marker_id, self.doc_marker_id = self._id(query_token_id), self._id(doc_token_id)
+        self.query_marker_id, self.doc_marker_id = _marker_id(tokenizer, query_token_id), _marker_id(tokenizer, doc_token_id)
         self.skiplist_words = _check_words(tokenizer, skiplist_words)
-        if not mask_punctuation: ids = set()
-        elif skiplist_words is None or skip_punctuation_before_encoding:
-            ids = punctuation_ids(tokenizer, all_pieces=skip_punctuation_before_encoding)
-        else: ids = set(tokenizer.convert_tokens_to_ids(self.skiplist_words))
-        self.skiplist = torch.tensor(sorted(ids), dtype=torch.int64)
-
-    def _id(self, token: str) -> int | None:
-        "Vocabulary id of a marker; None for no marker."
-        if token == "": return None
-        found = self.tokenizer.convert_tokens_to_ids(token)
-        if found is None or (found == self.tokenizer.unk_token_id and token != self.tokenizer.unk_token):
-            raise ValueError(f"expected a marker that is in the tokenizer's vocabulary, got {token!r}: name an unused token "
-                             "through query_token_id and doc_token_id, or add the token to the tokenizer and the encoder")
-        return found
-
-    def _encode(self, texts: Sequence[str], marker_id: int | None, maxlen: int, padding: str) -> tuple[torch.Tensor, torch.Tensor]:
-        "Ids and attention mask, cut to maxlen, with the marker as second token."
-        _check_texts(texts)
-        out = self.tokenizer(list(texts), padding=padding, truncation=True, max_length=maxlen - (marker_id is not None), padding_side="right",
-                             return_tensors="pt", return_token_type_ids=False)
-        if marker_id is None: return out["input_ids"], out["attention_mask"]
-        return _second(out["input_ids"], marker_id), _second(out["attention_mask"], 1)   # (batch, tokens)
+        self.skiplist = _skiplist(tokenizer, self.skiplist_words, mask_punctuation, skip_punctuation_before_encoding)
 
     def queries(self, texts: Sequence[str]) -> TokenBatch:
         "Tokens of queries. Raises `ValueError` for anything but a list of strings."
         padding = "max_length" if self.query_expansion else "longest"
-        ids, attention = self._encode(texts, self.query_marker_id, self.query_maxlen, padding)
+        ids, attention = _marked(self.tokenizer, texts, self.query_marker_id, self.query_maxlen, padding)
         pad, mask = self.tokenizer.pad_token_id, self.tokenizer.mask_token_id
         if not self.query_expansion: return TokenBatch(ids, attention, attention.bool() & (ids != pad))
         ids = ids.masked_fill(ids == pad, mask)
@@ -146,7 +151,7 @@ class ColBERTTokenizer:
     def documents(self, texts: Sequence[str]) -> TokenBatch:
         "Tokens of documents, as wide as the longest. Raises `ValueError` for anything but a list of strings."
         if self.skip_punctuation_before_encoding: return _vespa_documents(self, texts)
-        ids, attention = self._encode(texts, self.doc_marker_id, self.doc_maxlen, "longest")
+        ids, attention = _marked(self.tokenizer, texts, self.doc_marker_id, self.doc_maxlen, "longest")
         keep = attention.bool() & (ids != self.tokenizer.pad_token_id) & ~torch.isin(ids, self.skiplist)
         return TokenBatch(ids, attention, keep)
 
