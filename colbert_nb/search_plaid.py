@@ -23,8 +23,9 @@ from .search_stored import StoredIndex
 
 log = logging.getLogger(__name__)
 
-# %% ../nbs/12_search_plaid.ipynb #0cc2f57d
-NBITS, LEAST = (1, 2, 4), 256  # bits a number; vectors that an index needs
+# %% ../nbs/12_search_plaid.ipynb #f042f53d
+NBITS = (1, 2, 4)  # bits a number
+LEAST = 256  # vectors that an index needs, since centroids are found from them
 
 def check_nbits(
     model,                     # a `ColBERT`
