@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_settings', 'TokenRules', 'OnnxColBERT']
 
-# %% ../nbs/10_onnx_runtime.ipynb #7201843f
+# %% ../nbs/10_onnx_runtime.ipynb #efb8c708
 import json
 from collections.abc import Sequence
 from hashlib import sha256
@@ -26,7 +26,7 @@ def read_settings(
         raise ValueError(f"expected an ONNX file with the settings of colbert_nb inside, got {str(file)!r} without; export the checkpoint with export_to_vespa_onnx")
     return json.loads(stored)
 
-# %% ../nbs/10_onnx_runtime.ipynb #0c1fb064
+# %% ../nbs/10_onnx_runtime.ipynb #29b2702e
 def _padded(rows: list[list[int]], marker_id: int, pad_id: int, width: int = 0) -> tuple[np.ndarray, np.ndarray]:
     "Ids with the marker in second place, filled up to one width, and the mask of what is text; both (batch, tokens) int64."
     rows = [[*row[:1], marker_id, *row[1:]] for row in rows]

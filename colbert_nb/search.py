@@ -18,7 +18,20 @@ from .scoring import maxsim_packed, pad
 from .search_input import check_ids, check_k, check_rows
 from .search_stored import StoredIndex
 
-# %% ../nbs/12_search.ipynb #e865898d
+# %% ../nbs/12_search.ipynb #e0d181f7
+def _neighbours(
+    ends: np.ndarray,    # (passages + 1,) where the vectors of each passage end, after a 0
+    block_vectors: int,  # vectors of a block
+) -> Iterator[tuple[int, int]]:
+    "Passages from one to before another with at most so many vectors together, one passage at least and 16,384 at most."
+    start = 0
+    while start < len(ends) - 1:
+        stop = int(np.searchsorted(ends, ends[start] + block_vectors, side="right")) - 1
+        stop = min(max(stop, start + 1), start + 16_384, len(ends) - 1)
+        yield start, stop
+        start = stop
+
+# %% ../nbs/12_search.ipynb #6c5cbded
 class Hit(NamedTuple):
     "A passage that was found."
     id: str
@@ -28,15 +41,6 @@ class Hit(NamedTuple):
 class SearchIndex(StoredIndex):
     """Exact late-interaction search over half-precision vectors in memory-mapped files (MaxSim: Khattab and Zaharia 2020,
     section 3.3). Every method refuses bad input with a `ValueError` before long work, and leaves the index whole."""
-    def _blocks(self, block_vectors: int) -> Iterator[tuple[int, int]]:
-        "Neighbouring passages with so many vectors together, one passage at least and 16,384 at most."
-        ends, start = self._passages.ends[:, 0], 0
-        while start < len(ends) - 1:
-            stop = int(np.searchsorted(ends, ends[start] + block_vectors, side="right")) - 1
-            stop = min(max(stop, start + 1), start + 16_384, len(ends) - 1)
-            yield start, stop
-            start = stop
-
     def _queries(self, queries: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
         "Queries as padded batches of 32 with their masks, on the model's device."
         vectors = [v.float() for v in self.model.encode_queries(check_rows(queries, "queries"), show_progress=False)]
@@ -60,7 +64,7 @@ class SearchIndex(StoredIndex):
         if type(block_vectors) is not int or block_vectors < 1: raise ValueError(f"expected block_vectors of 1 or more, got {block_vectors!r}")
         held, batches = self._passages, self._queries(queries)
         best = [(torch.empty(len(Q), 0), torch.empty(len(Q), 0, dtype=torch.long)) for Q, _ in batches]
-        for start, stop in self._blocks(block_vectors):
+        for start, stop in _neighbours(held.ends[:, 0], block_vectors):
             alive = torch.from_numpy(held.alive[start:stop])
             if not alive.any(): continue
             D = torch.from_numpy(held.vectors[held.ends[start, 0]:held.ends[stop, 0]]).to(self.model.device)

@@ -47,7 +47,24 @@ def read_manifest(
                          "read it with the version of colbert_nb that wrote it, or build it again")
     return manifest
 
-# %% ../nbs/12_search_files.ipynb #b3eb1e65
+# %% ../nbs/12_search_files.ipynb #0146200e
+def _write_behind(path: Path, size: int, added: bytes) -> None:
+    "Put bytes behind the first `size` of a file, in the place of all that was there, and wait until the disk has them."
+    with open(path, "r+b" if path.exists() else "wb") as file:
+        file.seek(size)
+        file.write(added)
+        file.truncate()
+        file.flush()
+        os.fsync(file.fileno())
+
+# %% ../nbs/12_search_files.ipynb #e8cf8dc4
+def _as_bytes(vectors: np.ndarray, counts: Sequence[int], ids: Sequence[str], texts: Sequence[bytes], base: Sequence[int]) -> dict[str, bytes]:
+    "Passages as they are appended to each file; `base` has the rows and the bytes of text before them."
+    ends = np.array(base) + np.cumsum(np.array([[n, len(text)] for n, text in zip(counts, texts)], np.int64).reshape(-1, 2), axis=0)
+    return {"vectors": vectors.astype("<f2", copy=False).tobytes(), "offsets": ends.astype("<i8").tobytes(),
+            "ids": "".join(json.dumps(name) + "\n" for name in ids).encode(), "texts": b"".join(texts)}
+
+# %% ../nbs/12_search_files.ipynb #49f5a412
 class IndexFiles:
     "The files of an index: they only grow, and the manifest says how far each of them counts. One process writes at a time."
     def __init__(
@@ -132,14 +149,8 @@ class IndexFiles:
     ) -> None:
         "Append to files, after the bytes that the run promises, and wait until the disk has it."
         for name, added in content.items():
-            path, size = self.path(name, run["generation"]), run["sizes"][name]
-            with open(path, "r+b" if path.exists() else "wb") as file:
-                file.seek(size)
-                file.write(added)
-                file.truncate()
-                file.flush()
-                os.fsync(file.fileno())
-            run["sizes"][name] = size + len(added)
+            _write_behind(self.path(name, run["generation"]), run["sizes"][name], added)
+            run["sizes"][name] += len(added)
 
     def append_passages(
         self,
@@ -154,10 +165,7 @@ class IndexFiles:
         if vectors.shape != (int(np.sum(counts)), dim) or not len(counts) == len(ids) == len(texts):
             raise ValueError(f"expected {int(np.sum(counts))} vectors of {dim} numbers, an id and a text for each of {len(counts)} passages, "
                              f"got an array of shape {vectors.shape}, {len(ids)} ids and {len(texts)} texts")
-        base = np.array([run["sizes"]["vectors"] // (2 * dim), run["sizes"]["texts"]])
-        ends = base + np.cumsum(np.array([[n, len(text)] for n, text in zip(counts, texts)], np.int64).reshape(-1, 2), axis=0)
-        self.append(run, {"vectors": vectors.astype("<f2", copy=False).tobytes(), "offsets": ends.astype("<i8").tobytes(),
-                          "ids": "".join(json.dumps(name) + "\n" for name in ids).encode(), "texts": b"".join(texts)})
+        self.append(run, _as_bytes(vectors, counts, ids, texts, [run["sizes"]["vectors"] // (2 * dim), run["sizes"]["texts"]]))
         run["done"] += len(ids)
 
     def note(self, run: dict) -> None:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'NBITS', 'LEAST', 'check_nbits', 'PlaidIndex']
 
-# %% ../nbs/12_search_plaid.ipynb #3e12094d
+# %% ../nbs/12_search_plaid.ipynb #371cba70
 import logging
 import shutil
 from collections.abc import Sequence
@@ -19,12 +19,13 @@ from .search import Hit
 from .search_engines import choose_engine
 from .search_files import IndexFiles
 from .search_input import check_ids, check_k, check_rows, model_identity
-from .search_stored import StoredIndex
+from .search_stored import StoredIndex, check_same_model
 
 log = logging.getLogger(__name__)
 
-# %% ../nbs/12_search_plaid.ipynb #0cc2f57d
-NBITS, LEAST = (1, 2, 4), 256  # bits a number; vectors that an index needs
+# %% ../nbs/12_search_plaid.ipynb #f042f53d
+NBITS = (1, 2, 4)  # bits a number
+LEAST = 256  # vectors that an index needs, since centroids are found from them
 
 def check_nbits(
     model,                     # a `ColBERT`
@@ -39,7 +40,7 @@ def check_nbits(
                          + (f"pass nbits={fit[-1]}" if fit else "use SearchIndex"))
     return nbits
 
-# %% ../nbs/12_search_plaid.ipynb #0e7ec3e2
+# %% ../nbs/12_search_plaid.ipynb #3b2cc7a7
 class PlaidIndex(StoredIndex):
     """Compressed late-interaction search (PLAID: Santhanam et al. 2022) by fast-plaid or colbert-ai. Every method refuses bad
     input, and what the engine cannot do, with a `ValueError` before long work, and leaves the index whole."""
@@ -127,7 +128,7 @@ class PlaidIndex(StoredIndex):
             self._files = IndexFiles.create(self.path, identity["dim"], {"model": identity, "texts": self._keep_texts, "added": 0, "kind": self.kind,
                 "plaid": {"engine": self.engine.name, "version": self.engine.version, "nbits": self.nbits, "number": 0}})
             self._read()
-        self._check_model(self._files, identity)
+        check_same_model(self._files, identity)
         anew = generation != self._files.manifest["generation"] or not self._passages.ids
         there = [] if anew else [name for name in ids if name in self._at]
         if not anew and not self.engine.can_add:

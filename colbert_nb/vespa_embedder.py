@@ -122,7 +122,33 @@ def differences(
                      "it: train with skip_punctuation_before_encoding=True")
     return found
 
-# %% ../nbs/11_vespa_embedder.ipynb #b8c6921b
+# %% ../nbs/11_vespa_embedder.ipynb #10c0a039
+def _colbert_rows(model: "ColBERT") -> Callable[[Sequence[int], Sequence[int]], np.ndarray]:
+    "The rows of a `ColBERT`, all of them kept."
+    import torch
+
+    from colbert_nb.tokenization import TokenBatch
+
+    def rows(ids: Sequence[int], attention: Sequence[int]) -> np.ndarray:
+        batch = TokenBatch(torch.tensor([ids]), torch.tensor([attention]), torch.ones(1, len(ids), dtype=torch.bool)).to(model.device)
+        with torch.inference_mode():
+            return model(batch)[0].float().cpu().numpy()
+    model.eval()
+    return rows
+
+
+def _onnx_rows(file: Path) -> Callable[[Sequence[int], Sequence[int]], np.ndarray]:
+    "The rows that an ONNX file gives. Raises ValueError for other names than Vespa's."
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    inputs, outputs = ([value.name for value in values] for values in (session.get_inputs(), session.get_outputs()))
+    if sorted(inputs) != ["attention_mask", "input_ids"] or "contextual" not in outputs:
+        raise ValueError(f"expected the inputs input_ids and attention_mask and the output contextual, which are all that Vespa feeds "
+                         f"and reads, got {', '.join(inputs)} and {', '.join(outputs)} in {file.name!r}")
+    return lambda ids, attention: session.run(["contextual"], {"input_ids": np.array([ids]), "attention_mask": np.array([attention])})[0][0]
+
+# %% ../nbs/11_vespa_embedder.ipynb #b197b0b7
 class VespaEmbedder:
     """Vespa's `colbert-embedder` in Python: one text at a time, ids and rows as Vespa makes them.
 
@@ -187,29 +213,3 @@ class VespaEmbedder:
         "The tensor that `embed colbert` gives a document's field."
         rows = self._embed(text, "document", dim)
         return pack_bits(rows) if bits else rows
-
-
-def _colbert_rows(model: "ColBERT") -> Callable[[Sequence[int], Sequence[int]], np.ndarray]:
-    "The rows of a `ColBERT`, all of them kept."
-    import torch
-
-    from colbert_nb.tokenization import TokenBatch
-
-    def rows(ids: Sequence[int], attention: Sequence[int]) -> np.ndarray:
-        batch = TokenBatch(torch.tensor([ids]), torch.tensor([attention]), torch.ones(1, len(ids), dtype=torch.bool)).to(model.device)
-        with torch.inference_mode():
-            return model(batch)[0].float().cpu().numpy()
-    model.eval()
-    return rows
-
-
-def _onnx_rows(file: Path) -> Callable[[Sequence[int], Sequence[int]], np.ndarray]:
-    "The rows that an ONNX file gives. Raises ValueError for other names than Vespa's."
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    inputs, outputs = ([value.name for value in values] for values in (session.get_inputs(), session.get_outputs()))
-    if sorted(inputs) != ["attention_mask", "input_ids"] or "contextual" not in outputs:
-        raise ValueError(f"expected the inputs input_ids and attention_mask and the output contextual, which are all that Vespa feeds "
-                         f"and reads, got {', '.join(inputs)} and {', '.join(outputs)} in {file.name!r}")
-    return lambda ids, attention: session.run(["contextual"], {"input_ids": np.array([ids]), "attention_mask": np.array([attention])})[0][0]

@@ -45,7 +45,7 @@ def services_xml(
     check_services(text)
     return text
 
-# %% ../nbs/11_vespa_files.ipynb #c817826b
+# %% ../nbs/11_vespa_files.ipynb #e2e78e2f
 CELLS = {"bits": "int8", "bfloat16": "bfloat16", "float": "float"}
 
 
@@ -65,7 +65,32 @@ def vector_fields(
             raise ValueError(f"expected vectors of a multiple of 8 numbers, since bits come in whole bytes, got {size}; take vectors=['float']")
     return {f"colbert{'' if kind == 'bits' else '_' + kind}{'' if size == dim else f'_{size}'}": (kind, size) for kind in vectors for size in sizes}
 
+# %% ../nbs/11_vespa_files.ipynb #c37b87b0
+def _field_and_profile(field: str, kind: str, size: int, dim: int, rerank_count: int) -> tuple[str, str]:
+    "The two blocks of a tensor field: where it is declared, and how it is scored."
+    query = "qt" if size == dim else f"qt_{size}"
+    left = f"query({query})" if size == dim else f"l2_normalize(query({query}), x)"
+    right = f"attribute({field})" if kind != "bits" else f"unpack_bits(attribute({field}))"
+    right = right if kind == "bits" or size == dim else f"l2_normalize({right}, x)"
+    return f"""
+  field {field} type tensor<{CELLS[kind]}>(dt{{}}, x[{size // 8 if kind == 'bits' else size}]) {{
+    indexing: (input title || "") . " " . (input text || "") | embed colbert | attribute
+  }}""", f"""
+  rank-profile {field} inherits bm25 {{
+    inputs {{
+      query({query}) tensor<float>({query}{{}}, x[{size}])
+    }}
+    function max_sim() {{
+      expression: sum(reduce(sum({left} * {right}, x), max, dt), {query})
+    }}
+    second-phase {{
+      expression: max_sim
+      rerank-count: {rerank_count}
+    }}
+    match-features: max_sim bm25(title) bm25(text)
+  }}"""
 
+# %% ../nbs/11_vespa_files.ipynb #89d854f2
 def schema_text(
     dim: int,  # of the model's vectors
     *,
@@ -79,30 +104,8 @@ def schema_text(
         raise ValueError(f"name: expected letters, digits and underscores with no digit in front, got {name!r}")
     if type(rerank_count) is not int or rerank_count < 1:
         raise ValueError(f"rerank_count: expected a whole number of 1 or more, got {rerank_count!r}")
-    fields, profiles = [], []
-    for field, (kind, size) in vector_fields(dim, vectors, dims).items():
-        query = "qt" if size == dim else f"qt_{size}"
-        left = f"query({query})" if size == dim else f"l2_normalize(query({query}), x)"
-        right = f"attribute({field})" if kind != "bits" else f"unpack_bits(attribute({field}))"
-        right = right if kind == "bits" or size == dim else f"l2_normalize({right}, x)"
-        fields.append(f"""
-  field {field} type tensor<{CELLS[kind]}>(dt{{}}, x[{size // 8 if kind == 'bits' else size}]) {{
-    indexing: (input title || "") . " " . (input text || "") | embed colbert | attribute
-  }}""")
-        profiles.append(f"""
-  rank-profile {field} inherits bm25 {{
-    inputs {{
-      query({query}) tensor<float>({query}{{}}, x[{size}])
-    }}
-    function max_sim() {{
-      expression: sum(reduce(sum({left} * {right}, x), max, dt), {query})
-    }}
-    second-phase {{
-      expression: max_sim
-      rerank-count: {rerank_count}
-    }}
-    match-features: max_sim bm25(title) bm25(text)
-  }}""")
+    blocks = [_field_and_profile(field, kind, size, dim, rerank_count) for field, (kind, size) in vector_fields(dim, vectors, dims).items()]
+    fields, profiles = zip(*blocks)
     texts = "".join(f"""
     field {field} type string {{
       indexing: summary | index
