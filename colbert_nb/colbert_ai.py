@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'TAKEN', 'check_groups', 'write_inputs', 'recorded', 'write_start', 'train_with_colbert_ai', 'check_upstream']
 
-# %% ../nbs/07_colbert_ai.ipynb #34d1a53f
+# %% ../nbs/07_colbert_ai.ipynb #17899098
 import json
 import logging
 import math
@@ -138,7 +138,7 @@ def write_start(
         write_json(folder / "config.json", config | rates)
     return folder
 
-# %% ../nbs/07_colbert_ai.ipynb #ff690bde
+# %% ../nbs/07_colbert_ai.ipynb #5e22e5b2
 def train_with_colbert_ai(
     model: ColBERT,  # float32, with query expansion; holds the trained weights afterwards, and is untouched after an error
     data: TrainingData | str | Path,  # or the folder that `colbert_nb.data` wrote; with teacher scores colbert-ai distils

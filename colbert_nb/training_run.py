@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'NOT_SETTINGS', 'TOKENIZER_SETTINGS', 'kept_memory', 'is_plain', 'train_colbert', 'check_training']
 
-# %% ../nbs/07_training_run.ipynb #0b296abd
+# %% ../nbs/07_training_run.ipynb #108c04e6
 import ctypes
 import inspect
 import json
@@ -93,7 +93,7 @@ def _say_best(trainer: ColBERTTrainer, best: int) -> None:
         log.warning("%s is 1 from step %d of %d on, so validation cannot tell later checkpoints apart, and the earliest is returned; "
                     "hold out more queries, or let them rank more passages (validation_passages)", metric, best, last)
 
-# %% ../nbs/07_training_run.ipynb #04bed2d2
+# %% ../nbs/07_training_run.ipynb #12224b46
 def is_plain(model: ColBERT) -> bool:
     "Whether it was made from a plain encoder and not from a late-interaction checkpoint."
     return "HF_ColBERT" not in (model.encoder.config.architectures or ())
