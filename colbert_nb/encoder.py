@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['log', 'DEFAULTS', 'default_device', 'pca_projection', 'ColBERT', 'is_colbert_checkpoint', 'check_encoder']
 
-# %% ../nbs/03_encoder.ipynb #48a4b884
+# %% ../nbs/03_encoder.ipynb #2a4b500c
 import copy
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from .calls import check_texts, hide_bar
 from .encoder_files import (CHECKPOINT_FILES, check_encoder, load_backbone, load_tokenizer, locate_model,
                                       read_projection, replace_folder, write_checkpoint)
-from .encoder_foreign import foreign_markers, foreign_skiplist, read_foreign
+from .encoder_foreign import Foreign, foreign_markers, foreign_skiplist, read_foreign
 from .encoder_markers import add_markers, can_expand, grow_embeddings
 from .encoder_settings import (OWN_SETTINGS, SETTINGS, colbert_config, encoder_folder, is_colbert_checkpoint,
                                          is_other_late_interaction, is_own_checkpoint, read_metadata)
@@ -31,14 +31,14 @@ _all_ = ["is_colbert_checkpoint", "check_encoder"]
 DEFAULTS = {"dim": 128, "query_maxlen": 32, "doc_maxlen": 256, "mask_punctuation": True,
             "attend_to_mask_tokens": False, **OWN_SETTINGS}
 
-# %% ../nbs/03_encoder.ipynb #fa52b643
+# %% ../nbs/03_encoder.ipynb #f137654b
 def default_device() -> torch.device:
     "The first CUDA device, else Apple's MPS, else the CPU."
     if torch.cuda.is_available():
         return torch.device("cuda", 0)
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
-# %% ../nbs/03_encoder.ipynb #fad57c9f
+# %% ../nbs/03_encoder.ipynb #9a4dfbd4
 @torch.no_grad()
 def pca_projection(
     encoder: nn.Module,  # gives last_hidden_state (batch, tokens, hidden)
@@ -48,7 +48,7 @@ def pca_projection(
     *,
     batch_size: int = 32,  # passages a forward pass
 ) -> Tensor:  # (dim, hidden) float32, orthonormal rows
-    "The `dim` principal directions of the encoder's own token embeddings, uncentred. Raises ValueError if too few."
+    "The `dim` principal directions of the encoder's own token embeddings, uncentred. Raises ValueError where the tokens span fewer."
     device = next(encoder.parameters()).device
     moment, n_tokens = 0, 0
     for start in range(0, len(texts), batch_size):
@@ -58,8 +58,11 @@ def pca_projection(
         moment, n_tokens = moment + states.T @ states, n_tokens + len(states)
     rank = int(torch.linalg.matrix_rank(moment, hermitian=True)) if n_tokens else 0
     if rank < dim:
+        remedy = "give more texts"
+        if n_tokens > rank == len(moment) - 1 > 0:  # a layer norm without a constant takes one direction out of every vector
+            remedy = f"more texts do not add the last one, which the encoder's layer norm takes out: take dim={rank} or less,"
         raise ValueError(f"expected a sample whose tokens span at least dim={dim} directions, got {len(texts)} texts "
-                         f"with {n_tokens} tokens and {rank} directions; give more texts or init='random'")
+                         f"with {n_tokens} tokens and {rank} directions; {remedy} or init='random'")
     directions = torch.linalg.eigh(moment).eigenvectors.flip(1)[:, :dim].T  # (dim, hidden), largest first
     largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
     return (directions * largest.sign()).float()
@@ -86,7 +89,59 @@ def _new_projection(encoder: nn.Module, tokenizer: ColBERTTokenizer, dim: int, i
     log.info("from scratch: %s is a plain encoder, new projection: random", name)
     return torch.randn(dim, encoder.config.hidden_size, generator=torch.Generator().manual_seed(seed)) * spread
 
-# %% ../nbs/03_encoder.ipynb #7c93f02b
+# %% ../nbs/03_encoder.ipynb #82950de4
+def _encode(model: "ColBERT", texts: Sequence[str], tokenize: Callable, kind: str, batch_size: int,
+            show_progress: bool | None) -> list[Tensor]:  # (n_tokens, dim) each, in the order of the texts
+    "The vectors of each text, on the CPU; the model is in evaluation mode meanwhile."
+    texts = check_texts(texts, kind)
+    if type(batch_size) is not int or batch_size < 1:
+        raise ValueError(f"expected batch_size of at least 1, got {batch_size!r}")
+    order = sorted(range(len(texts)), key=lambda row: -len(texts[row]))
+    vectors: list = [None] * len(texts)
+    training = model.training
+    model.eval()
+    try:
+        with tqdm(total=len(texts), unit=kind, disable=hide_bar(show_progress), delay=0 if show_progress else 3) as bar:
+            for start in range(0, len(texts), batch_size):
+                rows = order[start:start + batch_size]
+                batch = tokenize([texts[row] for row in rows]).to(model.device)
+                with torch.inference_mode():
+                    output = model(batch)  # (batch, tokens, dim)
+                for row, vector, keep in zip(rows, output.cpu(), batch.keep.cpu()):
+                    vectors[row] = vector[keep]
+                bar.update(len(rows))
+    finally:
+        model.train(training)
+    return vectors
+
+
+def _packed(vectors: list[Tensor], linear: nn.Linear) -> tuple[Tensor, Tensor]:  # (total_tokens, dim), (n_texts,)
+    "All vectors one after the other, and how many each text has; of no text, an empty tensor of the right width."
+    empty = torch.zeros(0, linear.out_features, dtype=linear.weight.dtype)
+    return torch.cat([empty, *vectors]), torch.tensor([len(v) for v in vectors], dtype=torch.int64)
+
+# %% ../nbs/03_encoder.ipynb #16d55667
+def _stored(folder: Path, given: dict) -> tuple[Path, dict, Foreign | None, bool]:  # encoder's folder, settings, foreign, trained
+    "What a folder holds, and its settings. Raises ValueError where `given`, what a caller asked for, does not fit."
+    own_format = is_colbert_checkpoint(folder)
+    foreign = read_foreign(folder, given) if not own_format and is_other_late_interaction(folder) else None
+    trained, folder = own_format or foreign is not None, encoder_folder(folder)
+    stored = foreign.settings if foreign else read_metadata(folder) if trained else dict(DEFAULTS)
+    if trained and given.get("dim", stored["dim"]) != stored["dim"]:
+        raise ValueError(f"expected dim={stored['dim']}, the size of the projection in {str(folder)!r}, got {given['dim']}; "
+                         "leave dim out, or start from a plain encoder")
+    if stored.get("similarity", "cosine") != "cosine":
+        raise ValueError(f"expected similarity 'cosine' in {str(folder)!r}, got {stored['similarity']!r}")
+    return folder, stored, foreign, trained
+
+
+def _linear(weight: Tensor, like: nn.Module) -> nn.Linear:
+    "The projection as a layer, on the device and in the precision of the encoder."
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight.to(like.device, like.dtype))
+    return linear
+
+# %% ../nbs/03_encoder.ipynb #569a3a65
 class ColBERT(nn.Module):
     "An encoder whose every token gives one unit vector (Khattab and Zaharia 2020, section 3.2)."
     def __init__(
@@ -126,7 +181,8 @@ class ColBERT(nn.Module):
         packed: bool = False,  # one tensor and the lengths instead of a list
     ) -> list[Tensor] | tuple[Tensor, Tensor]:  # (n_tokens, dim) each; or (total_tokens, dim) and (n_texts,)
         "The vectors of each query, on the CPU, in the order of `texts`. Raises ValueError for what is not text."
-        return self._encode(texts, self.tokenizer.queries, "query", batch_size, show_progress, packed)
+        vectors = _encode(self, texts, self.tokenizer.queries, "query", batch_size, show_progress)
+        return _packed(vectors, self.linear) if packed else vectors
 
     def encode_documents(
         self,
@@ -137,32 +193,8 @@ class ColBERT(nn.Module):
         packed: bool = False,  # one tensor and the lengths instead of a list
     ) -> list[Tensor] | tuple[Tensor, Tensor]:  # (n_tokens, dim) each; or (total_tokens, dim) and (n_texts,)
         "The vectors of each passage, without padding and punctuation; as `encode_queries`."
-        return self._encode(texts, self.tokenizer.documents, "document", batch_size, show_progress, packed)
-
-    def _encode(self, texts, tokenize, kind, batch_size, show_progress, packed):
-        texts = check_texts(texts, kind)
-        if type(batch_size) is not int or batch_size < 1:
-            raise ValueError(f"expected batch_size of at least 1, got {batch_size!r}")
-        order = sorted(range(len(texts)), key=lambda row: -len(texts[row]))
-        vectors: list = [None] * len(texts)
-        training = self.training
-        self.eval()
-        try:
-            with tqdm(total=len(texts), unit=kind, disable=hide_bar(show_progress), delay=0 if show_progress else 3) as bar:
-                for start in range(0, len(texts), batch_size):
-                    rows = order[start:start + batch_size]
-                    batch = tokenize([texts[row] for row in rows]).to(self.device)
-                    with torch.inference_mode():
-                        output = self(batch)  # (batch, tokens, dim)
-                    for row, vector, keep in zip(rows, output.cpu(), batch.keep.cpu()):
-                        vectors[row] = vector[keep]
-                    bar.update(len(rows))
-        finally:
-            self.train(training)
-        if not packed:
-            return vectors
-        empty = torch.zeros(0, self.linear.out_features, dtype=self.linear.weight.dtype)
-        return torch.cat([empty, *vectors]), torch.tensor([len(v) for v in vectors], dtype=torch.int64)
+        vectors = _encode(self, texts, self.tokenizer.documents, "document", batch_size, show_progress)
+        return _packed(vectors, self.linear) if packed else vectors
 
     @classmethod
     def from_pretrained(
@@ -193,15 +225,7 @@ class ColBERT(nn.Module):
         if init not in ("random", "pca"):
             raise ValueError(f"expected init to be 'random' or 'pca', got {init!r}")
         folder = locate_model(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
-        own_format = is_colbert_checkpoint(folder)
-        foreign = read_foreign(folder, given) if not own_format and is_other_late_interaction(folder) else None
-        trained, folder = own_format or foreign is not None, encoder_folder(folder)
-        stored = foreign.settings if foreign else read_metadata(folder) if trained else dict(DEFAULTS)
-        if trained and given.get("dim", stored["dim"]) != stored["dim"]:
-            raise ValueError(f"expected dim={stored['dim']}, the size of the projection in {str(folder)!r}, got {dim}; "
-                             "leave dim out, or start from a plain encoder")
-        if stored.get("similarity", "cosine") != "cosine":
-            raise ValueError(f"expected similarity 'cosine' in {str(folder)!r}, got {stored['similarity']!r}")
+        folder, stored, foreign, trained = _stored(folder, given)
         if init == "pca" and not trained:
             sample = _drawn(sample, seed)
         settings = {**stored, **given}
@@ -231,9 +255,7 @@ class ColBERT(nn.Module):
                      foreign.format if foreign else "colbert-ai's format")
         else:
             weight = _new_projection(encoder, tokenizer, config.dim, init, sample, seed, name_or_path)
-        linear = nn.Linear(*reversed(shape), bias=False, device="meta")
-        linear.weight = nn.Parameter(weight.to(encoder.device, encoder.dtype))
-        return cls(encoder, linear, tokenizer, config).eval()
+        return cls(encoder, _linear(weight, encoder), tokenizer, config).eval()
 
     def save_pretrained(
         self,
@@ -257,8 +279,7 @@ class ColBERT(nn.Module):
         whole = self.linear.out_features
         if type(dim) is not int or not 0 < dim <= whole:
             raise ValueError(f"expected dim from 1 to {whole}, the size of this model's vectors, got {dim!r}")
-        linear = nn.Linear(self.linear.in_features, dim, bias=False, device="meta")
-        linear.weight = nn.Parameter(self.linear.weight[:dim].detach().clone())
+        linear = _linear(self.linear.weight[:dim].detach().clone(), self.linear.weight)
         config = copy.deepcopy(self.config)
         config.configure(dim=dim)
         return ColBERT(self.encoder, linear, self.tokenizer, config).train(self.training)

@@ -458,6 +458,14 @@ def test_repeated_texts_do_not_fill_a_projection(plain):
         load(plain, dim=64, init="pca", sample=["the same few words"] * 100)
 
 
+def test_all_directions_are_refused_with_advice_that_helps(plain):
+    sample = [f"passage {i} of many, {i * 7} and {i * 13}" for i in range(200)]  # far more tokens than the encoder has numbers
+    hidden = json.loads((plain / "config.json").read_text())["hidden_size"]
+    with pytest.raises(ValueError, match=f"more texts do not add .* take dim={hidden - 1} or less, or init='random'"):
+        load(plain, dim=hidden, init="pca", sample=sample)
+    assert load(plain, dim=hidden - 1, init="pca", sample=sample).linear.weight.shape == (hidden - 1, hidden)
+
+
 def test_a_new_projection_can_be_trained(plain):
     for init in ("pca", "random"):
         model = load(plain, dim=16, init=init, sample=DOCUMENTS)
