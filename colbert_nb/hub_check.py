@@ -135,60 +135,74 @@ def private_keys(content, name: str = "") -> list[str]:
         return [key for i, v in enumerate(content) for key in private_keys(v, f"{name}.{i}")]
     return [name] if isinstance(content, str) and LOCAL.fullmatch(content) else []
 
-# %% ../nbs/09_hub_check.ipynb #e06903c2
+# %% ../nbs/09_hub_check.ipynb #0aacd924
+def _tried(problems: list[Exception], check: Callable, *args, **options):
+    "What a check gives back, or None; its error joins the problems."
+    try:
+        return check(*args, **options)
+    except ValueError as error:
+        problems.append(error)
+
+
+def _weight_problems(folder: Path, names: list[str], settings: dict | None, config) -> list[Exception]:
+    "What is wrong with the numbers: damage, NaN, shapes, and a projection that is stored twice and not the same."
+    problems: list[Exception] = []
+    held = _tried(problems, file_shapes, folder) if any(PART.fullmatch(name) for name in names) else None
+    if held:
+        problems += [ValueError(f"expected finite numbers, got NaN or infinity in {name}") for name in broken_tensors(folder)]
+    if held and settings and config and type(settings["dim"]) is int:
+        for name, shape in (_tried(problems, expected_shapes, config, settings["dim"]) or {}).items():
+            if held.get(name) != shape:
+                problems.append(ValueError(f"expected {name} of shape {shape}, as the settings say, got {held.get(name, 'none')}"))
+    for _, part in _tried(problems, read_modules, folder) or []:
+        if part and f"{part}/model.safetensors" not in names:
+            problems.append(ValueError(f"expected {part}/model.safetensors, which modules.json names, got none; load the model and save it again"))
+        elif part and held and "linear.weight" in held:
+            repeated, own = (_tried(problems, read_projection, place, held["linear.weight"]) for place in (folder / part, folder))
+            if repeated is not None and own is not None and not torch.equal(repeated, own):
+                problems.append(ValueError(f"expected linear.weight in {part} to be the checkpoint's own, got another; load the model and "
+                                           "save it again"))
+    return problems
+
+
+def _private_problems(folder: Path, names: list[str]) -> list[Exception]:
+    "Access tokens, paths of the machine, and code that would have to come along."
+    problems: list[Exception] = []
+    for name in names:
+        if not name.endswith((".safetensors", ".model")) and TOKEN.search((folder / name).read_text(encoding="utf-8", errors="replace")):
+            problems.append(ValueError(f"expected no access token, got one in {name}; take it out, and revoke the token"))
+    for name in ("artifact.metadata", "config.json", "tokenizer_config.json"):
+        content = _tried(problems, read_json, folder / name) if name in names else None
+        problems += [ValueError(f"expected nothing of your machine in {name}, got it in {key!r}; load the model and save it again")
+                     for key in private_keys(content or {})]
+        if content and "auto_map" in content:
+            problems.append(ValueError(f"expected a model without Python files of its own, got auto_map in {name}"))
+    return problems
+
+# %% ../nbs/09_hub_check.ipynb #9f71a351
 def find_problems(
     folder: Path,  # a checkpoint
 ) -> list[Exception]:  # none where it can be published
     "Everything that is wrong with a checkpoint; only what can be looked at is looked at."
     problems: list[Exception] = []
-
-    def attempt(check: Callable, *args, **options):
-        try:
-            return check(*args, **options)
-        except ValueError as error:
-            problems.append(error)
-
     for name in NEEDED:
         if not (folder / name).is_file():
             problems.append(ValueError(f"expected a file {name}, got none"))
-    names = attempt(allowed_files, folder) or []
-    weighed = any(PART.fullmatch(name) for name in names)
-    if names and not weighed:
+    names = _tried(problems, allowed_files, folder) or []
+    if names and not any(PART.fullmatch(name) for name in names):
         pickle = next(folder.glob("pytorch_model*.bin"), None)
         problems.append(ValueError(f"expected weights in {WEIGHTS}, got " + (
             f"only {pickle.name}, a pickle; load the model and save it again" if pickle else "none")))
-    settings = attempt(read_metadata, folder) if "artifact.metadata" in names else None
-    config = attempt(check_encoder, folder) if "config.json" in names else None
+    settings = _tried(problems, read_metadata, folder) if "artifact.metadata" in names else None
+    config = _tried(problems, check_encoder, folder) if "config.json" in names else None
     for size in ("dim", "query_maxlen", "doc_maxlen") if settings and config else ():
-        attempt(check_encoder, folder, **{size: settings[size]})
-    held = attempt(file_shapes, folder) if weighed else None
-    if held:
-        problems += [ValueError(f"expected finite numbers, got NaN or infinity in {name}") for name in broken_tensors(folder)]
-    if held and settings and config and type(settings["dim"]) is int:
-        for name, shape in (attempt(expected_shapes, config, settings["dim"]) or {}).items():
-            if held.get(name) != shape:
-                problems.append(ValueError(f"expected {name} of shape {shape}, as the settings say, got {held.get(name, 'none')}"))
-    for _, part in attempt(read_modules, folder) or []:
-        if part and f"{part}/model.safetensors" not in names:
-            problems.append(ValueError(f"expected {part}/model.safetensors, which modules.json names, got none; load the model and save it again"))
-        elif part and held and "linear.weight" in held:
-            repeated, own = (attempt(read_projection, place, held["linear.weight"]) for place in (folder / part, folder))
-            if repeated is not None and own is not None and not torch.equal(repeated, own):
-                problems.append(ValueError(f"expected linear.weight in {part} to be the checkpoint's own, got another; load the model and "
-                                           "save it again"))
-    tokenizer = attempt(load_tokenizer, folder, config) if config and "tokenizer.json" in names else None
+        _tried(problems, check_encoder, folder, **{size: settings[size]})
+    problems += _weight_problems(folder, names, settings, config)
+    tokenizer = _tried(problems, load_tokenizer, folder, config) if config and "tokenizer.json" in names else None
     for marker in ("query_token_id", "doc_token_id") if tokenizer and settings else ():
         if settings[marker] not in tokenizer.get_vocab():
             problems.append(ValueError(f"expected the marker {settings[marker]!r} ({marker}) in the tokenizer's vocabulary, got none"))
-    for name in names:
-        if not name.endswith((".safetensors", ".model")) and TOKEN.search((folder / name).read_text(encoding="utf-8", errors="replace")):
-            problems.append(ValueError(f"expected no access token, got one in {name}; take it out, and revoke the token"))
-    for name in ("artifact.metadata", "config.json", "tokenizer_config.json"):
-        content = attempt(read_json, folder / name) if name in names else None
-        problems += [ValueError(f"expected nothing of your machine in {name}, got it in {key!r}; load the model and save it again")
-                     for key in private_keys(content or {})]
-        if content and "auto_map" in content:
-            problems.append(ValueError(f"expected a model without Python files of its own, got auto_map in {name}"))
+    problems += _private_problems(folder, names)
     return list({str(problem): problem for problem in problems}.values())
 
 # %% ../nbs/09_hub_check.ipynb #10ceb2f0
