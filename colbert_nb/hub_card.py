@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXAMPLE', 'MINERS', 'TAGS', 'read_records', 'check_metrics', 'public_name', 'snippets', 'rows', 'describe_model',
-           'describe_training', 'card_head', 'describe_onnx', 'model_card']
+           'describe_training', 'describe_limits', 'describe_onnx', 'card_head', 'model_card']
 
 # %% ../nbs/09_hub_card.ipynb #a046799f
 import json
@@ -105,10 +105,7 @@ model = MultiVectorEncoder("{repo}")
 {spare}scores = model.similarity(model.encode_query([query]), model.encode_document(passages))
 '''}
 
-# %% ../nbs/09_hub_card.ipynb #53548369
-MINERS = {"SentenceTransformer": "a dense model in sentence-transformers", "ColBERT": "a ColBERT", "bm25": "BM25"}  # names that are no model's
-
-
+# %% ../nbs/09_hub_card.ipynb #6121fb6b
 def rows(table: Mapping[str, object]) -> str:
     "A Markdown table of two columns without the values that are not known."
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in table.items() if value not in (None, ""))])
@@ -135,6 +132,9 @@ def describe_model(records: dict, base_model: str | None, language: str | None, 
         "Punctuation": ("is taken out before encoding" if settings["skip_punctuation_before_encoding"] else
                         "gets no vectors in passages" if settings["mask_punctuation"] else "gets vectors like words")})
 
+# %% ../nbs/09_hub_card.ipynb #5166b18f
+MINERS = {"SentenceTransformer": "a dense model in sentence-transformers", "ColBERT": "a ColBERT", "bm25": "BM25"}  # names that are no model's
+
 
 def describe_training(records: dict) -> str:
     "How the model was trained, from the run's and the data's records."
@@ -159,6 +159,31 @@ def describe_training(records: dict) -> str:
         "Learning rate": settings.get("learning_rate"), "Warm-up steps": plan.get("warmup_steps"), "Dropout": settings.get("dropout"),
         "Precision": {True: "bfloat16", False: "float32"}.get(engine.get("bf16")), "Seed": settings.get("seed")})
 
+# %% ../nbs/09_hub_card.ipynb #1d4cba1b
+def describe_limits(settings: Mapping) -> str:
+    "What the model does not do, and where other libraries treat it otherwise than its training, as a list."
+    notes = ["It ranks passages by how well their words match those of the query in context. It does not answer questions, and says nothing "
+             "of whether a passage is true.",
+             f"Text beyond {settings['doc_maxlen']} tokens of a passage is not seen: cut long documents into passages."]
+    if not settings["query_expansion"]:
+        notes.append("It was trained without filling queries up with `[MASK]`. RAGatouille and colbert-ai always do that, so their scores differ.")
+    if settings["skip_punctuation_before_encoding"]:
+        notes.append("It was trained on passages without punctuation, which the other libraries leave in, so their vectors differ.")
+    return "\n".join(f"- {note}" for note in notes)
+
+# %% ../nbs/09_hub_card.ipynb #91652ac2
+def describe_onnx(
+    file: Path,  # of `export_to_vespa_onnx`
+) -> str:
+    "What the ONNX file is for, and how it was compared with the model, as its own record says."
+    import onnx
+    stored = {entry.key: entry.value for entry in onnx.load(file, load_external_data=False).metadata_props}
+    report, said = json.loads(stored.get("colbert_nb", "{}")).get("report", {}), "It was not compared with the model."
+    if found := report.get("float32"):
+        said = (f"ONNX's checker accepted it, and it was compared with the model in ONNX Runtime, in batches of {', '.join(map(str, report['batches']))} "
+                f"texts of {min(report['lengths'])} to {max(report['lengths'])} tokens: no number differs by more than {found['largest_difference']:.1e}.")
+    return f"`vespa_colbert.onnx` is this model in one file for Vespa's `colbert-embedder`, beside `tokenizer.json`. {said}"
+
 # %% ../nbs/09_hub_card.ipynb #8ace3de0
 TAGS = ["ColBERT", "PyLate", "RAGatouille", "colbert_nb", "late-interaction", "multi-vector", "passage-retrieval", "sentence-transformers"]
 
@@ -174,20 +199,7 @@ def card_head(name: str, base_model: str | None, language: str | None, license: 
     return ModelCardData(language=language, license=license, library_name="sentence-transformers", pipeline_tag="feature-extraction",
                          tags=list(TAGS), base_model=base_model, model_name=name if found else None, eval_results=found or None)
 
-# %% ../nbs/09_hub_card.ipynb #9b20771b
-def describe_onnx(
-    file: Path,  # of `export_to_vespa_onnx`
-) -> str:
-    "What the ONNX file is for, and how it was compared with the model, as its own record says."
-    import onnx
-    stored = {entry.key: entry.value for entry in onnx.load(file, load_external_data=False).metadata_props}
-    report, said = json.loads(stored.get("colbert_nb", "{}")).get("report", {}), "It was not compared with the model."
-    if found := report.get("float32"):
-        said = (f"ONNX's checker accepted it, and it was compared with the model in ONNX Runtime, in batches of {', '.join(map(str, report['batches']))} "
-                f"texts of {min(report['lengths'])} to {max(report['lengths'])} tokens: no number differs by more than {found['largest_difference']:.1e}.")
-    return f"`vespa_colbert.onnx` is this model in one file for Vespa's `colbert-embedder`, beside `tokenizer.json`. {said}"
-
-
+# %% ../nbs/09_hub_card.ipynb #1a16307b
 def model_card(
     checkpoint: str | Path,  # a checked checkpoint
     repo: str,  # "user/name"
@@ -207,13 +219,6 @@ def model_card(
     for what, value in (("language", language), ("license", license)):
         if value is not None and not (isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9][\w.-]*", value)):
             raise ValueError(f"expected {what} to be a short code such as {'en' if what == 'language' else 'apache-2.0'!r}, got {value!r}")
-    notes = ["It ranks passages by how well their words match those of the query in context. It does not answer questions, and says nothing "
-             "of whether a passage is true.",
-             f"Text beyond {settings['doc_maxlen']} tokens of a passage is not seen: cut long documents into passages."]
-    if not settings["query_expansion"]:
-        notes.append("It was trained without filling queries up with `[MASK]`. RAGatouille and colbert-ai always do that, so their scores differ.")
-    if settings["skip_punctuation_before_encoding"]:
-        notes.append("It was trained on passages without punctuation, which the other libraries leave in, so their vectors differ.")
     parts = [f"# {name}", f"A ColBERT (late-interaction) retrieval model{f' made from [{base}](https://huggingface.co/{base})' if base else ''}. "
              f"It gives each token of a text a vector of {settings['dim']} numbers; the score of a passage is the sum, over the tokens of the "
              "query, of the best match among the passage's tokens (MaxSim).", describe_model(records, base, language, license)]
@@ -225,7 +230,7 @@ def model_card(
     parts += [f"### {library}\n\n```python\n{code}```" for library, code in snippets(repo, settings).items()]
     if vespa_onnx:
         parts.append("### Vespa\n\n" + describe_onnx(vespa_onnx))
-    parts += ["## Training", describe_training(records), "## Limits", "\n".join(f"- {note}" for note in notes)]
+    parts += ["## Training", describe_training(records), "## Limits", describe_limits(settings)]
     text = f"---\n{card_head(name, base, language, license, results, dataset).to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
     if TOKEN.search(text):
         raise ValueError("expected a card without an access token, got one in what it was made from; take it out, and revoke the token")

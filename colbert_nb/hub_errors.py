@@ -61,7 +61,7 @@ def again(call: Callable, *args, **options):
             log.warning("the Hub gave no answer (%s), trying again in %g s", type(error).__name__, wait)
             time.sleep(wait)
 
-# %% ../nbs/09_hub_errors.ipynb #2f89b1cb
+# %% ../nbs/09_hub_errors.ipynb #900cea1d
 class HubError(RuntimeError):
     """The Hub refused, or could not be reached; the cause is the client's own error.
 
@@ -101,7 +101,7 @@ def explained(error: Exception, api: HfApi, repo: str) -> HubError:
     new.__cause__ = error
     return without_token(new, api.token)
 
-# %% ../nbs/09_hub_errors.ipynb #da1359da
+# %% ../nbs/09_hub_errors.ipynb #83bb8f01
 def _forbidden(error: Exception, api: HfApi, repo: str, owner: str) -> HubError:
     "Which of the common reasons a 403 has: the Hub is asked who we are."
     try:

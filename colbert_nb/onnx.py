@@ -87,7 +87,7 @@ def tokenizer_json(model: ColBERT) -> str:
     tokenizer.no_padding()
     return tokenizer.to_str(pretty=True) + "\n"
 
-# %% ../nbs/10_onnx.ipynb #3d6279e4
+# %% ../nbs/10_onnx.ipynb #93b0c04d
 def _destination(out_path: str | Path, out_file_name: str) -> tuple[Path, Path]:
     "The two files that will be written. Raises ValueError for a name that is none."
     if not isinstance(out_file_name, str) or Path(out_file_name).name != out_file_name or Path(out_file_name).suffix != ".onnx":
@@ -105,7 +105,26 @@ def _check_place(file: Path, beside: Path, tokenizer: str) -> None:
         raise ValueError(f"expected a folder without another model, got {str(file.parent)!r} with {others[0]!r}, which needs its own tokenizer.json; "
                          "nothing was changed, take another folder")
 
+# %% ../nbs/10_onnx.ipynb #70a573ae
+def _proven(proto, model: ColBERT, quantize: str | None, check: bool) -> tuple:
+    "The graph, quantized where that is asked for, and what its checks found. Raises ValueError where it is not the model."
+    report = {"checked": check}
+    if check:
+        check_graph(proto, model.linear.out_features)
+        found = compare_with_model(proto.SerializeToString(), model)
+        if not found["largest_difference"] <= TOLERANCE:
+            raise ValueError(f"expected vectors within {TOLERANCE} of the model's, got a difference of {found['largest_difference']:.2e}; nothing was written")
+        report |= {"float32": found, "batches": BATCHES, "lengths": LENGTHS, "tolerance": TOLERANCE}
+    if quantize:
+        from colbert_nb.onnx_quantize import quantize_graph
+        proto = quantize_graph(proto, quantize)
+        if check:
+            check_graph(proto, model.linear.out_features)
+            report[quantize] = compare_with_model(proto.SerializeToString(), model)
+            log.info("%s: token cosine %.4f to the model on drawn ids; measure_cost tells what it costs on your texts", quantize, report[quantize]["mean_cosine"])
+    return proto, report
 
+# %% ../nbs/10_onnx.ipynb #9ddd9512
 def export_to_vespa_onnx(
     colbert_path: str | Path,  # checkpoint folder or Hub id
     out_path: str | Path,  # folder, made where it is missing
@@ -133,25 +152,13 @@ def export_to_vespa_onnx(
     if n_bytes > 2**31 - 2**24:
         raise ValueError(f"expected weights of less than 2 GB, the limit of a single ONNX file, got {n_bytes / 2**30:.1f} GB")
     proto = export_graph(model, opset=opset)
-    report = {"quantize": quantize, "opset": opset, "checked": check}
-    if check:
-        check_graph(proto, model.linear.out_features)
-        found = compare_with_model(proto.SerializeToString(), model)
-        if not found["largest_difference"] <= TOLERANCE:
-            raise ValueError(f"expected vectors within {TOLERANCE} of the model's, got a difference of {found['largest_difference']:.2e}; nothing was written")
-        report |= {"float32": found, "batches": BATCHES, "lengths": LENGTHS, "tolerance": TOLERANCE}
-    if quantize:
-        from colbert_nb.onnx_quantize import quantize_graph
-        proto = quantize_graph(proto, quantize)
-        if check:
-            check_graph(proto, model.linear.out_features)
-            report[quantize] = compare_with_model(proto.SerializeToString(), model)
-            log.info("%s: token cosine %.4f to the model on drawn ids; measure_cost tells what it costs on your texts", quantize, report[quantize]["mean_cosine"])
-    stored = {**runtime_settings(model), "tokenizer_sha256": sha256(tokenizer.encode()).hexdigest(), "report": report}
+    proto, report = _proven(proto, model, quantize, check)
+    stored = {**runtime_settings(model), "tokenizer_sha256": sha256(tokenizer.encode()).hexdigest(),
+              "report": {"quantize": quantize, "opset": opset, **report}}
     entry = proto.metadata_props.add()
     entry.key, entry.value = "colbert_nb", json.dumps(stored, sort_keys=True)
     for path, content in ((beside, tokenizer.encode()), (file, proto.SerializeToString(deterministic=True))):
         with whole_file(path, "wb") as out:
             out.write(content)
-    log.info("wrote %s, %.1f MB%s", file, file.stat().st_size / 1e6, f", at most {found['largest_difference']:.1e} from the model" if check else ", unchecked")
+    log.info("wrote %s, %.1f MB%s", file, file.stat().st_size / 1e6, f", at most {report['float32']['largest_difference']:.1e} from the model" if check else ", unchecked")
     return file

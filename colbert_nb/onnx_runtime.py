@@ -86,7 +86,30 @@ class TokenRules:
         word = ~special & ~np.isin(ids, self.skiplist)
         return ids[special | word & (word.cumsum() <= room)].tolist()
 
-# %% ../nbs/10_onnx_runtime.ipynb #5c885161
+# %% ../nbs/10_onnx_runtime.ipynb #569dfb95
+def _both_files(path: Path) -> tuple[Path, Path]:
+    "The ONNX file that is meant and the tokenizer.json beside it. Raises ValueError where one of them is missing."
+    found = sorted(path.glob("*.onnx")) if path.is_dir() else [path]
+    if len(found) != 1 or not found[0].is_file():
+        raise ValueError(f"expected an ONNX file or a folder with one, got {str(path)!r} with {[file.name for file in found if file.is_file()]}")
+    file, beside = found[0], found[0].with_name("tokenizer.json")
+    if not beside.is_file():
+        raise ValueError(f"expected tokenizer.json beside {str(file)!r}, got none; copy both files")
+    return file, beside
+
+
+def _open_session(file: Path, threads: int | None, providers: Sequence[str]):
+    "The graph, ready to run. Raises ValueError for a file that ONNX Runtime does not read."
+    import onnxruntime
+    from onnxruntime.capi import onnxruntime_pybind11_state as errors
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 3, threads or 0
+    try:
+        return onnxruntime.InferenceSession(str(file), options, providers=list(providers))
+    except (errors.Fail, errors.InvalidProtobuf, errors.InvalidGraph, errors.InvalidArgument, errors.NotImplemented) as error:
+        raise ValueError(f"expected an ONNX file that ONNX Runtime reads, got {str(file)!r}: {str(error)[:200]}") from error
+
+# %% ../nbs/10_onnx_runtime.ipynb #02f92015
 class OnnxColBERT:
     "A ColBERT from an ONNX file: `encode_queries` and `encode_documents` with `ColBERT`'s values, without PyTorch."
     def __init__(
@@ -97,23 +120,10 @@ class OnnxColBERT:
         providers: Sequence[str] = ("CPUExecutionProvider",),  # onnxruntime's names of what computes
     ):
         "Raises ValueError for missing, damaged or foreign files, and where the tokenizer is another model's."
-        import onnxruntime
-        from onnxruntime.capi import onnxruntime_pybind11_state as errors
-        path = Path(path)
-        found = sorted(path.glob("*.onnx")) if path.is_dir() else [path]
-        if len(found) != 1 or not found[0].is_file():
-            raise ValueError(f"expected an ONNX file or a folder with one, got {str(path)!r} with {[file.name for file in found if file.is_file()]}")
+        self.file, beside = _both_files(Path(path))
         if threads is not None and (type(threads) is not int or threads < 1):
             raise ValueError(f"expected threads of at least 1, got {threads!r}")
-        self.file, beside = found[0], found[0].with_name("tokenizer.json")
-        if not beside.is_file():
-            raise ValueError(f"expected tokenizer.json beside {str(self.file)!r}, got none; copy both files")
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level, options.intra_op_num_threads = 3, threads or 0
-        try:
-            self.session = onnxruntime.InferenceSession(str(self.file), options, providers=list(providers))
-        except (errors.Fail, errors.InvalidProtobuf, errors.InvalidGraph, errors.InvalidArgument, errors.NotImplemented) as error:
-            raise ValueError(f"expected an ONNX file that ONNX Runtime reads, got {str(self.file)!r}: {str(error)[:200]}") from error
+        self.session = _open_session(self.file, threads, providers)
         self.settings = read_settings(self.session, self.file)
         content = beside.read_bytes()
         if sha256(content).hexdigest() != self.settings["tokenizer_sha256"]:

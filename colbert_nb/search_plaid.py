@@ -40,7 +40,20 @@ def check_nbits(
                          + (f"pass nbits={fit[-1]}" if fit else "use SearchIndex"))
     return nbits
 
-# %% ../nbs/12_search_plaid.ipynb #3b2cc7a7
+# %% ../nbs/12_search_plaid.ipynb #40bb0098
+def _encoded(model, place: Path, documents: list[str], ids: list[str], **options) -> StoredIndex:
+    "The passages in an exact index at `place`; one that was begun for the same passages is finished, another is replaced."
+    try: encoded = StoredIndex(model, place, keep_texts=True)
+    except ValueError as error:
+        log.warning("%s is dropped: %s", place, error)
+        shutil.rmtree(place)
+        encoded = StoredIndex(model, place, keep_texts=True)
+    held = encoded._passages if len(encoded) else None
+    if not held or held.ids != ids or [held.text(p) for p in range(len(ids))] != [text.encode() for text in documents]:
+        encoded.index(documents, ids, overwrite=True, **options)
+    return encoded
+
+# %% ../nbs/12_search_plaid.ipynb #68bdada1
 class PlaidIndex(StoredIndex):
     """Compressed late-interaction search (PLAID: Santhanam et al. 2022) by fast-plaid or colbert-ai. Every method refuses bad
     input, and what the engine cannot do, with a `ValueError` before long work, and leaves the index whole."""
@@ -86,19 +99,6 @@ class PlaidIndex(StoredIndex):
 
     def __repr__(self) -> str: return f"{super().__repr__()[:-1]}, {self.nbits} bits, {self.engine.name})"
 
-    def _encoded(self, documents: list[str], ids: list[str], **options) -> StoredIndex:
-        "The passages in an exact index beside; one that was begun for the same passages is finished."
-        place = self.path / "encoding"
-        try: encoded = StoredIndex(self.model, place, keep_texts=True)
-        except ValueError as error:
-            log.warning("%s is dropped: %s", place, error)
-            shutil.rmtree(place)
-            encoded = StoredIndex(self.model, place, keep_texts=True)
-        held = encoded._passages if len(encoded) else None
-        if not held or held.ids != ids or [held.text(p) for p in range(len(ids))] != [text.encode() for text in documents]:
-            encoded.index(documents, ids, overwrite=True, **options)
-        return encoded
-
     def _change(self, run: dict, change, kept: Sequence[int], documents: Sequence[str], ids: Sequence[str], added: int) -> "PlaidIndex":
         "Let the engine change a copy of its folder, write the passages `kept` and the new ones if all are written anew, and switch."
         files, held = self._files, self._passages
@@ -139,7 +139,7 @@ class PlaidIndex(StoredIndex):
                              "delete them, or replace them with replace=True")
         files, key = self._files, texts_key(documents, texts_key(ids))
         run = files.begin(key, files.manifest["generation"] + bool(there) if not anew else generation)
-        held = self._encoded(documents, ids, batch_size=batch_size, slab=slab, show_progress=show_progress)._passages
+        held = _encoded(self.model, self.path / "encoding", documents, ids, batch_size=batch_size, slab=slab, show_progress=show_progress)._passages
         vectors, ends = held.vectors, held.ends[:, 0]
         if anew and len(vectors) < LEAST:
             raise ValueError(f"expected {LEAST} token vectors or more, which centroids are found from, got {len(vectors)}; use SearchIndex")
