@@ -3,6 +3,7 @@
 import ast
 import io
 import tokenize
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -157,6 +158,13 @@ class Module:
     borrowed: dict[str, str]       # public name -> module of the package that it is imported from
 
 
+def _top_level(tree: ast.Module) -> Iterator[ast.stmt]:
+    "The statements of a module, with those under `if TYPE_CHECKING:`, where names are imported that come when they are asked for."
+    for node in tree.body:
+        lazy = isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        yield from node.body if lazy else [node]
+
+
 def read_module(path: Path) -> Module:
     source = Source(path.read_text(encoding="utf-8"))
     symbols = {}
@@ -164,9 +172,10 @@ def read_module(path: Path) -> Module:
         symbols[symbol.name] = symbol
         symbols.update({member.name: member for member in symbol.members})
     public, borrowed, loggers = [], {}, set()
-    for node in source.tree.body:
-        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module:
-            borrowed.update({a.asname or a.name: node.module for a in node.names})
+    own = f"{path.parent.name}."
+    for node in _top_level(source.tree):
+        if isinstance(node, ast.ImportFrom) and node.module and (node.level == 1 or node.module.startswith(own)):
+            borrowed.update({a.asname or a.name: node.module.removeprefix(own) for a in node.names})
         elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             if node.targets[0].id == "__all__":
                 public = ast.literal_eval(node.value)
