@@ -84,7 +84,7 @@ def tutorial(path: Path, out: Path) -> None:
 
 
 def badges() -> str:
-    "One line: the newest run of each workflow on main, then the Python that settings.ini asks for."
+    "A badge a line: the newest run of each workflow on main, then the Python that settings.ini asks for."
     settings = configparser.ConfigParser()
     settings.read(ROOT / "settings.ini", encoding="utf-8")
     about = settings["DEFAULT"]
