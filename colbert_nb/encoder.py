@@ -10,6 +10,7 @@ import copy
 import logging
 import random
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -91,7 +92,7 @@ def _new_projection(encoder: nn.Module, tokenizer: ColBERTTokenizer, dim: int, i
 
 # %% ../nbs/03_encoder.ipynb #82950de4
 def _encode(model: "ColBERT", texts: Sequence[str], tokenize: Callable, kind: str, batch_size: int,
-            show_progress: bool | None) -> list[Tensor]:  # (n_tokens, dim) each, in the order of the texts
+            show_progress: bool | tqdm | None) -> list[Tensor]:  # (n_tokens, dim) each, in the order of the texts
     "The vectors of each text, on the CPU; the model is in evaluation mode meanwhile."
     texts = check_texts(texts, kind)
     if type(batch_size) is not int or batch_size < 1:
@@ -101,7 +102,8 @@ def _encode(model: "ColBERT", texts: Sequence[str], tokenize: Callable, kind: st
     training = model.training
     model.eval()
     try:
-        with tqdm(total=len(texts), unit=kind, disable=hide_bar(show_progress), delay=0 if show_progress else 3) as bar:
+        with (nullcontext(show_progress) if isinstance(show_progress, tqdm) else
+              tqdm(total=len(texts), unit=kind, disable=hide_bar(show_progress), delay=0 if show_progress else 3)) as bar:
             for start in range(0, len(texts), batch_size):
                 rows = order[start:start + batch_size]
                 batch = tokenize([texts[row] for row in rows]).to(model.device)
@@ -177,7 +179,7 @@ class ColBERT(nn.Module):
         texts: Sequence[str],  # queries
         *,
         batch_size: int = 32,  # texts a forward pass
-        show_progress: bool | None = None,  # None: a bar on a terminal or in a notebook, after three seconds
+        show_progress: bool | tqdm | None = None,  # None: a bar on a terminal or in a notebook, after three seconds; a bar: moved on
         packed: bool = False,  # one tensor and the lengths instead of a list
     ) -> list[Tensor] | tuple[Tensor, Tensor]:  # (n_tokens, dim) each; or (total_tokens, dim) and (n_texts,)
         "The vectors of each query, on the CPU, in the order of `texts`. Raises ValueError for what is not text."
@@ -189,7 +191,7 @@ class ColBERT(nn.Module):
         texts: Sequence[str],  # passages
         *,
         batch_size: int = 32,  # texts a forward pass
-        show_progress: bool | None = None,  # None: a bar on a terminal or in a notebook, after three seconds
+        show_progress: bool | tqdm | None = None,  # None: a bar on a terminal or in a notebook, after three seconds; a bar: moved on
         packed: bool = False,  # one tensor and the lengths instead of a list
     ) -> list[Tensor] | tuple[Tensor, Tensor]:  # (n_tokens, dim) each; or (total_tokens, dim) and (n_texts,)
         "The vectors of each passage, without padding and punctuation; as `encode_queries`."

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from .calls import hide_bar
 from .evaluation_metrics import (BLUE, GREY, METRICS, ORANGE, Comparison, Run, compare, evaluate, plot_results, plot_theme,
                                            ranking, read_trec_run, save_results, write_trec_run)
 from .scoring import maxsim_packed, pad
@@ -78,10 +80,11 @@ def embed_corpus(
     "Encode a corpus once, to be searched many times. Anything but a list of texts is a `ValueError`."
     _check_texts(["-"], corpus)
     slabs = []
-    for start in range(0, len(corpus), slab):
-        texts = list(corpus[start:start + slab])
-        part, lengths = model.encode_documents(texts, batch_size=batch_size, show_progress=show_progress, packed=True)
-        slabs.append((part.to(dtype), lengths))
+    with tqdm(total=len(corpus), unit="document", disable=hide_bar(show_progress), delay=0 if show_progress else 3) as bar:
+        for start in range(0, len(corpus), slab):
+            texts = list(corpus[start:start + slab])
+            part, lengths = model.encode_documents(texts, batch_size=batch_size, show_progress=bar, packed=True)
+            slabs.append((part.to(dtype), lengths))
     lengths, first = torch.cat([lengths for _, lengths in slabs]), 0
     vectors = torch.empty(int(lengths.sum()), slabs[0][0].shape[1], dtype=dtype)
     while slabs:                                             # each slab is freed as soon as it is copied

@@ -135,6 +135,12 @@ def test_an_index_holds_what_the_model_says(slab, dtype):
     assert index.rows(0, 6)[0].data_ptr() == index.vectors.data_ptr()
 
 
+def test_a_corpus_in_slabs_shows_one_bar(model, capsys):
+    embed_corpus(model, CORPUS, slab=2, batch_size=1, show_progress=True)
+    drawn = capsys.readouterr().err
+    assert drawn.count("  0%|") == 1 and f"{len(CORPUS)}/{len(CORPUS)} " in drawn and "/2 " not in drawn
+
+
 @pytest.mark.parametrize("with_index", [False, True])
 def test_rerank_scores_its_candidates_as_search_does(with_index):
     model = Words()
