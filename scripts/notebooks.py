@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -38,11 +39,12 @@ def execute(nb, folder: Path, timeout: int = 1800, on_cell=None) -> None:
                             coalesce_streams=True)  # of a progress bar the last drawing stays, one line
     if on_cell:
         client.on_cell_start = on_cell
-    try:
-        client.execute(env={"PYTHONWARNINGS": NO_WIDGETS, **os.environ})
-    finally:
-        done = iter(live.cells)
-        nb.cells = [c if "eval: false" in directives(c) else next(done) for c in nb.cells]
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:  # what a page leaves behind goes with it
+        try:
+            client.execute(env={"PYTHONWARNINGS": NO_WIDGETS, **os.environ, "TMPDIR": scratch, "TEMP": scratch})
+        finally:
+            done = iter(live.cells)
+            nb.cells = [c if "eval: false" in directives(c) else next(done) for c in nb.cells]
 
 
 def run(path: Path) -> None:

@@ -67,3 +67,11 @@ def test_tutorial_on_little_data(pages, notebook, tmp_path):
 @pytest.mark.parametrize("notebook", STAGES)
 def test_stage(pages, notebook, tmp_path):
     check(pages, copied(notebook, tmp_path))
+
+
+def test_a_page_leaves_nothing_in_the_temporary_folder(pages, tmp_path):
+    page, told = tmp_path / "page.ipynb", tmp_path / "told"
+    source = f"import tempfile\nfrom pathlib import Path\nPath({str(told)!r}).write_text(tempfile.mkdtemp())"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)]), page)
+    check(pages, page)
+    assert told.read_text() and not Path(told.read_text()).exists()

@@ -47,6 +47,16 @@ def test_readme_is_what_the_index_gives():
     python("scripts/notebooks.py", "readme", "--check")
 
 
+def test_a_tutorial_shows_its_results_and_leaves_no_temporary_files(tmp_path):
+    code = ("import json, tempfile; from pathlib import Path; Path('runs/one').mkdir(parents=True); Path('told').write_text(tempfile.mkdtemp()); "
+            "Path('runs/one/results.json').write_text(json.dumps({'bm25': {'nDCG@10': 0.5}}))")
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)]), tmp_path / "page.ipynb")
+    shown = python(str(ROOT / "scripts/notebooks.py"), "tutorial", "page.ipynb", "--out", "runs/one", cwd=tmp_path)
+    assert shown.split()[-3:] == ["nDCG@10", "bm25", "0.500"] and (tmp_path / "runs/one.ipynb").is_file()
+    left = (tmp_path / "told").read_text()
+    assert left and not Path(left).exists()
+
+
 @pytest.mark.parametrize("notebook", sorted((ROOT / "nbs").rglob("*.ipynb")), ids=lambda p: p.stem)
 def test_stored_outputs(notebook):
     "Outputs are there, hold no error and nothing of the machine that made them."
