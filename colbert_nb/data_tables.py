@@ -13,6 +13,7 @@ import io
 import json
 import logging
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -107,7 +108,7 @@ def _table(path: str | Path, columns: Sequence[str] | None = None, delimiter: st
     for line, row in cells:
         if len(row) != len(names):
             raise ValueError(f"{path.name} line {line}: expected {len(names)} cells, as there are columns ({', '.join(names)}), got "
-                             f"{len(row)}: {row!r:.80}. A text that holds {'a tab' if delimiter == chr(9) else repr(delimiter)} must be in "
+                             f"{len(row)}: {reprlib.repr(row)}. A text that holds {'a tab' if delimiter == chr(9) else repr(delimiter)} must be in "
                              "quotes, or go without it.")
     return names, [(line, dict(zip(names, row))) for line, row in cells]
 
