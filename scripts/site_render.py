@@ -159,15 +159,18 @@ def plain(text: str, kind: str = "output") -> str:
 
 
 def words_left(table: str) -> str:
-    "The HTML of a DataFrame, whose numbers stand right, with each column of words marked, its head too; names may go on after an underscore."
+    """The HTML of a DataFrame, whose numbers stand right, with each column of words marked, its head too, and each column of sentences.
+
+    Names may go on after an underscore."""
     rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.S) for row in re.findall(r"<tr.*?</tr>", table, re.S)]
     body = [row for row in rows[table.partition("<tbody>")[0].count("<tr"):] if len(row) == len(rows[0])]
     number = re.compile(r"\s*(?:[-+\u2212]?[\d.,]+(?:e[-+]?\d+)?\s?%?|NaN|nan|None|True|False|inf|-inf|<NA>|&lt;NA&gt;|)\s*")
     words = {place for row in body for place, cell in enumerate(row) if not number.fullmatch(cell)}
+    marks = {place: "words sentences" if max(len(row[place].split()) for row in body) > 4 else "words" for place in words}
 
     def row(found: re.Match) -> str:
         places = iter(range(len(rows[0])))
-        return re.sub(r"<(t[hd])(?=[ >])", lambda cell: cell[0] + (' class="words"' if next(places, None) in words else ""), found[0])
+        return re.sub(r"<(t[hd])(?=[ >])", lambda cell: cell[0] + (f' class="{mark}"' if (mark := marks.get(next(places, None))) else ""), found[0])
 
     return re.sub(r"(?<=\w_)(?=\w)(?![^<]*>)", "<wbr>", re.sub(r"<tr.*?</tr>", row, table, flags=re.S))
 

@@ -306,6 +306,12 @@ def test_words_of_a_table_stand_left(tmp_path):
     assert re.findall('class="words">(.*?)</t', page) == ["", "advice", "0", "take 2 passages", "max_<wbr>score", "3"]
 
 
+def test_sentences_of_a_table_have_room(tmp_path):
+    frame = FRAME.replace("take 2 passages", "take 2 passages or more")
+    page = made(tmp_path, "# Made", ("frame", [nbformat.v4.new_output("execute_result", {"text/html": frame, "text/plain": ""})]))
+    assert re.findall('class="words sentences">(.*?)</t', page) == ["advice", "take 2 passages or more", "3"]
+
+
 def test_markdown_of_a_page(tmp_path):
     page = made(tmp_path, "# Made", "## Same\n\nSee [there](01_made.ipynb#same) and `top_k`, not `maxsim`; it costs $5 or $6.\n\n## Same\n\n"
                 "$$\\max_j q_j$$\n\n::: {.callout-note}\n## Mind\n\nthe gap\n:::\n\n| a | b |\n|---|--:|\n| 1 | `x` |")
