@@ -2,6 +2,7 @@
 
 import base64
 import html
+import itertools
 import json
 import posixpath
 import re
@@ -162,17 +163,26 @@ def words_left(table: str) -> str:
     """The HTML of a DataFrame, whose numbers stand right, with each column of words marked, its head too, and each column of sentences.
 
     Names may go on after an underscore."""
-    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.S) for row in re.findall(r"<tr.*?</tr>", table, re.S)]
-    body = [row for row in rows[table.partition("<tbody>")[0].count("<tr"):] if len(row) == len(rows[0])]
+    cells, taken = {}, {}  # where a cell begins: its row, its columns, its text; and the row in which a column is free again
+    for row, line in enumerate(re.finditer(r"<tr.*?</tr>", table, re.S)):
+        end = 0
+        for cell in re.finditer(r"<t[hd]([^>]*)>(.*?)</t[hd]>", line[0], re.S):
+            first = next(column for column in itertools.count(end) if taken.get(column, 0) <= row)
+            span = {name: int(n) for name, n in re.findall(r'(rowspan|colspan)="(\d+)"', cell[1])}
+            end = first + span.get("colspan", 1)
+            taken |= dict.fromkeys(range(first, end), row + span.get("rowspan", 1))
+            cells[line.start() + cell.start()] = row, range(first, end), cell[2]
     number = re.compile(r"\s*(?:[-+\u2212]?[\d.,]+(?:e[-+]?\d+)?\s?%?|NaN|nan|None|True|False|inf|-inf|<NA>|&lt;NA&gt;|)\s*")
-    words = {place for row in body for place, cell in enumerate(row) if not number.fullmatch(cell)}
-    marks = {place: "words sentences" if max(len(row[place].split()) for row in body) > 4 else "words" for place in words}
+    head, marks = table.partition("<tbody>")[0].count("<tr"), {}
+    for row, (column, *_), text in cells.values():
+        if row >= head and not number.fullmatch(text) and marks.get(column) != "words sentences":
+            marks[column] = "words sentences" if len(text.split()) > 4 else "words"
 
-    def row(found: re.Match) -> str:
-        places = iter(range(len(rows[0])))
-        return re.sub(r"<(t[hd])(?=[ >])", lambda cell: cell[0] + (f' class="{mark}"' if (mark := marks.get(next(places, None))) else ""), found[0])
+    def marked(cell: re.Match) -> str:
+        found = {marks.get(column) for column in cells[cell.start()][1]}
+        return cell[0] + (f' class="{found.pop()}"' if len(found) == 1 and None not in found else "")
 
-    return re.sub(r"(?<=\w_)(?=\w)(?![^<]*>)", "<wbr>", re.sub(r"<tr.*?</tr>", row, table, flags=re.S))
+    return re.sub(r"(?<=\w_)(?=\w)(?![^<]*>)", "<wbr>", re.sub(r"<t[hd](?=[ >])", marked, table))
 
 
 def picture_size(data: bytes) -> tuple[int, int]:

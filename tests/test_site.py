@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 import yaml
 
@@ -310,6 +311,12 @@ def test_sentences_of_a_table_have_room(tmp_path):
     frame = FRAME.replace("take 2 passages", "take 2 passages or more")
     page = made(tmp_path, "# Made", ("frame", [nbformat.v4.new_output("execute_result", {"text/html": frame, "text/plain": ""})]))
     assert re.findall('class="words sentences">(.*?)</t', page) == ["advice", "take 2 passages or more", "3"]
+
+
+def test_numbers_beside_a_name_of_several_rows_stand_right(tmp_path):
+    frame = pd.DataFrame({"score": [0.5, 0.7, 0.9]}, index=pd.MultiIndex.from_tuples([("read", 1), ("read", 2), ("skip", 1)])).to_html()
+    page = made(tmp_path, "# Made", ("frame", [nbformat.v4.new_output("execute_result", {"text/html": frame, "text/plain": ""})]))
+    assert 'rowspan="2"' in page and re.findall(r'class="words"[^>]*>(.*?)</t', page) == ["", "read", "skip"]
 
 
 def test_markdown_of_a_page(tmp_path):
