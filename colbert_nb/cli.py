@@ -170,7 +170,7 @@ def _dataset(args: argparse.Namespace) -> "RetrievalDataset":
         queries, answers = leaks(seen, test)
         if queries:
             raise ValueError(f"{args.data}: expected queries that {args.trained_on} does not hold, got {len(queries)} that it does, the first "
-                             f"is {queries[0]!r:.60}; take them out of one of the two")
+                             f"is {queries[0][:60]!r}; take them out of one of the two")
         if answers:
             log.warning("%d passages answer queries of both %s and %s: a model may know them by heart", len(answers), args.data, args.trained_on)
     if (Path(args.data) / "qrels").is_dir() and not args.documents: return load_beir(args.data, args.split)

@@ -50,7 +50,7 @@ def check_same_model(
     made = files.manifest["model"]
     if other := [name for name, value in identity.items() if made[name] != value]:
         raise ValueError(f"{files.folder}: expected the model that built the index, got one with other {', '.join(other)} "
-                         f"({', '.join(f'{made[name]!r:.14} there, {identity[name]!r:.14} here' for name in other)}); "
+                         f"({', '.join(f'{str(made[name])[:12]} there, {str(identity[name])[:12]} here' for name in other)}); "
                          "load that model with those settings, or build an index of this one in another folder")
 
 # %% ../nbs/12_search_stored.ipynb #b09e9ae0
