@@ -34,7 +34,7 @@ def check_groups(
     nway: int | None = None,  # passages of a triple that are used, the positive among them; None: all
 ) -> int:  # nway
     "Raises ValueError, naming the row, for triples that are not groups of one size, or that point outside."
-    passages = data.triples[:, 1:]                                             # (triples, nway), -1 where a row is shorter
+    passages = data.triples[:, 1:]  # (triples, nway), -1 where a row is shorter
     sizes = (passages >= 0).cumprod(1).sum(1)
     nway = int(sizes.max(initial=0)) if nway is None else nway
     if type(nway) is not int or nway < 2:

@@ -125,8 +125,8 @@ def cross_encoder_scores(
             pairs = [(queries[q], corpus[p]) for q, p in zip(rows[i : i + SLAB].tolist(), passages[i : i + SLAB].tolist())]
             got = np.asarray(model.predict(pairs, batch_size=batch_size, show_progress_bar=False), np.float32)
             if got.shape != (len(pairs),) or not np.isfinite(got).all():
-                wrong = f"the shape {got.shape}" if got.shape != (len(pairs),) else f"{got[~np.isfinite(got)][0]} for " \
-                        f"{pairs[int(np.flatnonzero(~np.isfinite(got))[0])][0][:60]!r}"
+                wrong = (f"the shape {got.shape}" if got.shape != (len(pairs),) else f"{got[~np.isfinite(got)][0]} for "
+                         f"{pairs[int(np.flatnonzero(~np.isfinite(got))[0])][0][:60]!r}")
                 raise ValueError(f"cross_encoder: expected one finite score for each of {len(pairs)} pairs, got {wrong}; take a model for ranking.")
             found[i : i + SLAB] = got
         return found
