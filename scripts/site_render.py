@@ -160,26 +160,26 @@ def plain(text: str, kind: str = "output") -> str:
 
 
 def words_left(table: str) -> str:
-    """The HTML of a DataFrame, whose numbers stand right, with each column of words marked, its head too, and each column of sentences.
+    """The HTML of a DataFrame, whose numbers stand right, with each column of words, of sentences and of row names marked, its head too.
 
     Names may go on after an underscore."""
-    cells, taken = {}, {}  # where a cell begins: its row, its columns, its text; and the row in which a column is free again
+    cells, taken = {}, {}  # where a cell begins: its row, columns, text, whether it names; and the row in which a column is free again
     for row, line in enumerate(re.finditer(r"<tr.*?</tr>", table, re.S)):
         end = 0
-        for cell in re.finditer(r"<t[hd]([^>]*)>(.*?)</t[hd]>", line[0], re.S):
+        for cell in re.finditer(r"<(t[hd])([^>]*)>(.*?)</t[hd]>", line[0], re.S):
             first = next(column for column in itertools.count(end) if taken.get(column, 0) <= row)
-            span = {name: int(n) for name, n in re.findall(r'(rowspan|colspan)="(\d+)"', cell[1])}
+            span = {name: int(n) for name, n in re.findall(r'(rowspan|colspan)="(\d+)"', cell[2])}
             end = first + span.get("colspan", 1)
             taken |= dict.fromkeys(range(first, end), row + span.get("rowspan", 1))
-            cells[line.start() + cell.start()] = row, range(first, end), cell[2]
+            cells[line.start() + cell.start()] = row, range(first, end), cell[3], cell[1] == "th"
     number = re.compile(r"\s*(?:[-+\u2212]?[\d.,]+(?:e[-+]?\d+)?\s?%?|NaN|nan|None|True|False|inf|-inf|<NA>|&lt;NA&gt;|)\s*")
     head, marks = table.partition("<tbody>")[0].count("<tr"), {}
-    for row, (column, *_), text in cells.values():
-        if row >= head and not number.fullmatch(text) and marks.get(column) != "words sentences":
+    for row, (column, *_), text, names in cells.values():
+        if row >= head and (names or not number.fullmatch(text)) and marks.get(column) != "words sentences":
             marks[column] = "words sentences" if len(text.split()) > 4 else "words"
 
     def marked(cell: re.Match) -> str:
-        found = {marks.get(column) for column in cells[cell.start()][1]}
+        found = {marks.get(column) for column in cells[cell.start()][1]} if cell.start() in cells else {None}
         return cell[0] + (f' class="{found.pop()}"' if len(found) == 1 and None not in found else "")
 
     return re.sub(r"(?<=\w_)(?=\w)(?![^<]*>)", "<wbr>", re.sub(r"<t[hd](?=[ >])", marked, table))

@@ -316,7 +316,7 @@ def test_sentences_of_a_table_have_room(tmp_path):
 def test_numbers_beside_a_name_of_several_rows_stand_right(tmp_path):
     frame = pd.DataFrame({"score": [0.5, 0.7, 0.9]}, index=pd.MultiIndex.from_tuples([("read", 1), ("read", 2), ("skip", 1)])).to_html()
     page = made(tmp_path, "# Made", ("frame", [nbformat.v4.new_output("execute_result", {"text/html": frame, "text/plain": ""})]))
-    assert 'rowspan="2"' in page and re.findall(r'class="words"[^>]*>(.*?)</t', page) == ["", "read", "skip"]
+    assert 'rowspan="2"' in page and re.findall(r'class="words"[^>]*>(.*?)</t', page) == ["", "", "read", "1", "2", "skip", "1"]
 
 
 def test_markdown_of_a_page(tmp_path):
