@@ -246,7 +246,8 @@ def prepare(site: Site, out: Path) -> None:
             if isinstance(block, Markdown):
                 cells.append(nbformat.v4.new_markdown_cell(block.text))
             elif isinstance(block, Code):
-                cells.append(nbformat.v4.new_code_cell((f"#| code-fold: {block.fold}\n" if block.fold else "") + block.source))
+                fold = f"#| code-fold: {block.fold}\n#| code-summary: {block.summary}\n" if block.fold else ""
+                cells.append(nbformat.v4.new_code_cell(fold + block.source))
             elif isinstance(block, Api):
                 cells += [nbformat.v4.new_markdown_cell(api_cell(site, part)) for symbol in block.symbols for part in (symbol, *symbol.members)]
             else:

@@ -23,6 +23,7 @@ class Markdown:
 class Code:
     source: str
     fold: str = ""                # "" not folded, "true" folded, "show" open
+    summary: str = "Code"         # what stands for it where it is folded
 
 
 @dataclass
@@ -75,14 +76,14 @@ def _is_preamble(node: ast.AST) -> bool:
     return isinstance(node, (ast.Import, ast.ImportFrom)) or named or isinstance(node, ast.Assign) and "getLogger" in ast.unparse(node.value)
 
 
-def _exported(source: str, found: list[Symbol], before: str) -> str | None:
-    """How the code of an `export` cell is shown, which Quarto would hide: None for imports alone, folded where entries say what the cell
+def _exported(source: str, found: list[Symbol], before: str) -> tuple[str, str]:  # `fold` and `summary` of `Code`
+    """How the code of an `export` cell is shown, which Quarto would hide: folded for imports alone and where entries say what the cell
     defines, and open where nothing else would stand in its place, or the text before it ends with a colon."""
     body = ast.parse(source).body
     if all(map(_is_preamble, body)):
-        return None
+        return "true", "Imports"
     entries = any(symbol.kind != "constant" for symbol in found) or found and any(map(_is_preamble, body))
-    return "true" if entries and not before.rstrip().endswith(":") else ""
+    return "true" if entries and not before.rstrip().endswith(":") else "", "Code"
 
 
 def _blocks(cells: list, module: Module | None) -> Iterator[Block]:
@@ -100,12 +101,12 @@ def _blocks(cells: list, module: Module | None) -> Iterator[Block]:
             continue
         exported = module and ("export" in marks or "exports" in marks)
         found = [module.symbols[s.name] for s in defined(Source(source), module.name)] if exported else []
-        fold = marks.get("code-fold", "").replace("false", "")
+        fold, summary = marks.get("code-fold", "").replace("false", ""), "Code"
         if "export" in marks and "code-fold" not in marks:
-            fold = _exported(source, found, before)
-        visible = bool(source.strip()) and fold is not None and not _marked(marks, NO_SOURCE)
+            fold, summary = _exported(source, found, before)
+        visible = bool(source.strip()) and not _marked(marks, NO_SOURCE)
         if visible:
-            yield Code(source, fold)
+            yield Code(source, fold, summary)
         if found:
             yield Api(found, visible and not fold)
         shown = cell.outputs and not exported and not _marked(marks, NO_OUTPUT)

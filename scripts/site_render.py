@@ -241,8 +241,8 @@ class Renderer:
             return self.markdown(block.text)
         if isinstance(block, Code):
             self.parts[-1].text.append(block.source)
-            shown = code(block.source, "python")
-            return f'<details class="fold"{" open" if block.fold == "show" else ""}><summary>Code</summary>{shown}</details>' if block.fold else shown
+            shown, opened = code(block.source, "python"), " open" if block.fold == "show" else ""
+            return f'<details class="fold"{opened}><summary>{block.summary}</summary>{shown}</details>' if block.fold else shown
         if isinstance(block, Outputs):
             return "\n".join(filter(None, (self._output(page, block, number, output) for number, output in enumerate(block.outputs))))
         plain = [s for s in block.symbols if s.kind == "constant" and block.shows_source]
