@@ -9,7 +9,7 @@ TRAINED ?= $(wildcard runs/$(NAME)/best)
 .PHONY: help tutorial test interop lab docs readme clean
 
 help:
-	@echo "make tutorial   train a first ColBERT on this machine and show the results (about 10 minutes)"
+	@echo "make tutorial   train a first ColBERT on this machine and show the results (about 12 minutes)"
 	@echo "make test       run every notebook's checks and tests/"
 	@echo "make interop    load checkpoints in colbert-ai, RAGatouille, PyLate and sentence-transformers and compare (10 GB of environments the first time)"
 	@echo "make lab        open the notebooks in JupyterLab"
