@@ -10,7 +10,6 @@ import copy
 import logging
 import random
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .calls import check_texts, hide_bar
+from .calls import check_texts, progress_bar
 from .encoder_files import (CHECKPOINT_FILES, check_encoder, load_backbone, load_tokenizer, locate_model,
                                       read_projection, replace_folder, write_checkpoint)
 from .encoder_foreign import Foreign, foreign_markers, foreign_skiplist, read_foreign
@@ -102,8 +101,7 @@ def _encode(model: "ColBERT", texts: Sequence[str], tokenize: Callable, kind: st
     training = model.training
     model.eval()
     try:
-        with (nullcontext(show_progress) if isinstance(show_progress, tqdm) else
-              tqdm(total=len(texts), unit=kind, disable=hide_bar(show_progress), delay=0 if show_progress else 3)) as bar:
+        with progress_bar(show_progress, len(texts), kind) as bar:
             for start in range(0, len(texts), batch_size):
                 rows = order[start:start + batch_size]
                 batch = tokenize([texts[row] for row in rows]).to(model.device)

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from .calls import hide_bar
+from .calls import progress_bar
 from .evaluation_metrics import (BLUE, GREY, METRICS, ORANGE, Comparison, Run, compare, evaluate, plot_results, plot_theme,
                                            ranking, read_trec_run, save_results, write_trec_run)
 from .scoring import maxsim_packed, pad
@@ -80,7 +79,7 @@ def embed_corpus(
     "Encode a corpus once, to be searched many times. Anything but a list of texts is a `ValueError`."
     _check_texts(["-"], corpus)
     slabs = []
-    with tqdm(total=len(corpus), unit="document", disable=hide_bar(show_progress), delay=0 if show_progress else 3) as bar:
+    with progress_bar(show_progress, len(corpus), "document") as bar:
         for start in range(0, len(corpus), slab):
             texts = list(corpus[start:start + slab])
             part, lengths = model.encode_documents(texts, batch_size=batch_size, show_progress=bar, packed=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .calls import hide_bar
+from .calls import progress_bar
 from .files import whole_folder
 from .mining_vectors import texts_key, weights_key
 from .search_files import IndexFiles, in_use
@@ -29,8 +29,7 @@ log = logging.getLogger(__name__)
 def _encode_slabs(model, files: IndexFiles, run: dict, documents: list[str], ids: list[str], keep_texts: bool, batch_size: int,
                   slab: int, show_progress: bool | None) -> None:
     "Encode and append what a run has not done yet. Raises ValueError for a vector that is NaN or infinite."
-    from tqdm import tqdm
-    with tqdm(total=len(documents), initial=run["done"], unit="document", disable=hide_bar(show_progress), delay=0 if show_progress else 3) as bar:
+    with progress_bar(show_progress, len(documents), "document", run["done"]) as bar:
         for start in range(run["done"], len(documents), slab):
             some, names = documents[start:start + slab], ids[start:start + slab]
             vectors, counts = model.encode_documents(some, batch_size=batch_size, show_progress=False, packed=True)
